@@ -1,0 +1,107 @@
+"""One demonstration and a collection of them.
+
+An `Episode` is what a dataset stores of one run of the robot: the observation before each action,
+the action, and enough of the simulator to put it back there. A `Dataset` hands out episodes and
+pieces of them by index. Readers (`wmgym.data.lerobot`) implement it; models and environments see
+only this.
+
+Shapes: `N` steps in an episode, images `(N, H, W, 3)` uint8 turned by 180 degrees as in the modified
+LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+HELD_OUT_INIT_STATES = range(40, 50)
+"""Initial states of every LIBERO task that are kept for validation: never trained or tuned on."""
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What is known of an episode without reading its frames.
+
+    Attributes:
+        episode_id: Index in its dataset.
+        length: Number of steps `N`.
+        instruction: Task in words.
+        suite: LIBERO suite, `""` when the data does not say.
+        task_id: Index of the task in its suite, -1 when unknown.
+        init_state_id: Index of LIBERO's stored initial state, -1 when unknown.
+        seed: Seed of the simulator, the expert and its noise, -1 when unknown.
+        success: Whether LIBERO's own success check held at the end; None when unknown.
+        extra: Further entries of the dataset's episode table (fixture poses, noise level, ...).
+    """
+
+    episode_id: int
+    length: int
+    instruction: str
+    suite: str = ""
+    task_id: int = -1
+    init_state_id: int = -1
+    seed: int = -1
+    success: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the episode starts from an initial state kept for validation."""
+        return self.init_state_id in HELD_OUT_INIT_STATES
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Steps `start ... start + N` of an episode.
+
+    Attributes:
+        info: The whole episode's description.
+        start: Index of the first step held here.
+        images: `(N, H, W, 3)` uint8, third-person camera.
+        proprio: `(N, 8)` float32.
+        actions: `(N, 7)` float32, as executed.
+        wrist_images: `(N, H, W, 3)` uint8 or None.
+        clean_actions: `(N, 7)` float32, what the expert meant before noise, or None.
+        sim_states: `(N, S)` float64 flattened MuJoCo states `[time, qpos, qvel]`, or None.
+    """
+
+    info: EpisodeInfo
+    start: int
+    images: NDArray[np.uint8]
+    proprio: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    wrist_images: NDArray[np.uint8] | None = None
+    clean_actions: NDArray[np.float32] | None = None
+    sim_states: NDArray[np.float64] | None = None
+
+    def __len__(self) -> int:
+        """Number of steps held."""
+        return len(self.actions)
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A collection of episodes with random access to pieces of them."""
+
+    @property
+    def episodes(self) -> list[EpisodeInfo]:
+        """Descriptions of all episodes, by index."""
+        ...
+
+    def read(
+        self, episode_id: int, start: int = 0, stop: int | None = None, *, wrist: bool = False
+    ) -> Episode:
+        """Steps `start ... stop` of one episode; `stop=None` reads to its end.
+
+        Raises:
+            IndexError: No such episode or steps.
+            DatasetError: The files are damaged.
+        """
+        ...
+
+
+class DatasetError(ValueError):
+    """A dataset's files are missing, damaged or of a foreign format; the message says which."""

@@ -1,0 +1,254 @@
+"""One LIBERO task in MuJoCo, behind the few calls the rest of wmgym needs.
+
+`Simulator` wraps LIBERO's own environment and changes none of its physics, but owns everything
+around it: initial states and settling, fixture poses (which LIBERO draws from NumPy's global
+generator and does not store in its states), the controller's goal across resets, and rendering,
+which is 85 % of the cost and therefore happens only when a picture is asked for.
+
+Images are turned by 180 degrees as in the modified LIBERO RLDS data; states are MuJoCo's
+`[time, qpos, qvel]` in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmgym.envs.mesh_simplification import simplified_meshes
+from wmgym.extras import require
+from wmgym.spaces import ACTION_DIM, axis_angle
+
+SETTLE_STEPS = 10
+"""Control steps before an episode starts: the stored states hold objects in the air."""
+
+WAIT_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+"""Action that keeps the arm where it is with the gripper open."""
+
+_MAX_PLACEMENTS = 20
+_CAMERA_NAMES = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+
+Fixtures = dict[str, list[float]]
+"""Pose of each fixture by name: position (3, m) followed by quaternion (4, wxyz)."""
+
+
+@cache
+def _benchmark(suite: str) -> Any:
+    os.environ.setdefault("MUJOCO_GL", "osmesa" if sys.platform == "linux" else "")
+    with contextlib.redirect_stdout(io.StringIO()):
+        benchmark = require("libero.libero.benchmark", "libero")
+        try:
+            return benchmark.get_benchmark(suite)(task_order_index=0)
+        except KeyError:
+            raise ValueError(
+                f"suite={suite!r} is unknown to the installed LIBERO; known are "
+                f"{sorted(benchmark.get_benchmark_dict())}"
+            ) from None
+
+
+def n_tasks(suite: str) -> int:
+    """Number of tasks of a suite."""
+    return int(_benchmark(suite).n_tasks)
+
+
+@cache
+def initial_states(suite: str, task_id: int) -> NDArray[np.float64]:
+    """LIBERO's stored initial states of a task, `(n, S)`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return np.asarray(_benchmark(suite).get_task_init_states(task_id), np.float64)
+
+
+@contextlib.contextmanager
+def _global_numpy_seed(seed: int) -> Iterator[None]:
+    """LIBERO places fixtures with NumPy's global generator: seed it here, and put it back."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+class Simulator:
+    """One LIBERO task.
+
+    Args:
+        suite: LIBERO suite, e.g. `"libero_object"`.
+        task_id: Index of the task in the suite.
+        image_size: `(H, W)` of rendered images in pixels.
+        mesh_grid_mm: Meshes are simplified on a grid of this size before they are rendered; 0
+            renders LIBERO's own meshes. Physics never changes.
+
+    Raises:
+        ValueError: Unknown suite or task.
+        MissingExtraError: LIBERO is not installed.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        task_id: int,
+        *,
+        image_size: tuple[int, int] = (128, 128),
+        mesh_grid_mm: float = 0.0,
+    ) -> None:
+        benchmark = _benchmark(suite)
+        if not 0 <= task_id < benchmark.n_tasks:
+            raise ValueError(f"task_id={task_id}: {suite} has tasks 0...{benchmark.n_tasks - 1}")
+        self.suite, self.task_id, self.image_size = suite, task_id, image_size
+        self.mesh_grid_mm = mesh_grid_mm
+        task = benchmark.get_task(task_id)
+        self.instruction: str = task.language
+        libero = require("libero.libero", "libero")
+        wrapper = require("libero.libero.envs.env_wrapper", "libero")
+        bddl = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+        with contextlib.redirect_stdout(io.StringIO()), _global_numpy_seed(0):
+            self.control_env = wrapper.ControlEnv(
+                bddl_file_name=str(bddl),
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                hard_reset=False,
+                ignore_done=True,
+            )
+        # Nothing here reads robosuite's observables, which cost a third of a physics step.
+        self._env._observables = {}
+        self._renderer: Any = None
+
+    @property
+    def _env(self) -> Any:
+        return self.control_env.env
+
+    @property
+    def model(self) -> Any:
+        """The `mujoco.MjModel`."""
+        return self._env.sim.model._model
+
+    @property
+    def data(self) -> Any:
+        """The `mujoco.MjData`."""
+        return self._env.sim.data._data
+
+    def reset(
+        self, init_state: NDArray[np.float64], *, seed: int, settle_steps: int = SETTLE_STEPS
+    ) -> None:
+        """Puts the scene into a stored initial state and lets it settle.
+
+        Args:
+            init_state: `(S,)` state `[time, qpos, qvel]`.
+            seed: Decides the poses of the fixtures, which are not part of the state.
+            settle_steps: Control steps without motion before the episode starts.
+
+        Raises:
+            ValueError: The state has the wrong length for this task.
+            RuntimeError: LIBERO found no collision-free placement.
+        """
+        errors = require("robosuite.utils.errors", "libero")
+        with _global_numpy_seed(seed):
+            for _ in range(_MAX_PLACEMENTS):
+                try:
+                    self._env.reset()
+                    break
+                except errors.RandomizationError:
+                    continue
+            else:
+                raise RuntimeError(
+                    f"{self.suite} task {self.task_id}: no valid object placement in "
+                    f"{_MAX_PLACEMENTS} tries with seed {seed}; try another seed"
+                )
+        self.set_state(init_state)
+        for _ in range(settle_steps):
+            self.step(WAIT_ACTION)
+
+    def step(self, action: NDArray) -> None:
+        """Applies one raw action `(7,)` for 1/20 s."""
+        if np.shape(action) != (ACTION_DIM,):
+            raise ValueError(f"action has shape {np.shape(action)}, expected ({ACTION_DIM},)")
+        self._env.done = False
+        self._env.step(np.asarray(action, np.float64))
+
+    @property
+    def success(self) -> bool:
+        """LIBERO's own success check, now."""
+        return bool(self._env._check_success())
+
+    def proprio(self) -> NDArray[np.float32]:
+        """End-effector position, axis-angle orientation, gripper joint positions: `(8,)`."""
+        transforms = require("robosuite.utils.transform_utils", "libero")
+        robot = self._env.robots[0]
+        data = self._env.sim.data
+        position = data.site_xpos[robot.eef_site_id]
+        quaternion = transforms.convert_quat(
+            data.get_body_xquat(robot.robot_model.eef_name), to="xyzw"
+        )
+        gripper = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        return np.concatenate([position, axis_angle(quaternion), gripper]).astype(np.float32)
+
+    def state(self) -> NDArray[np.float64]:
+        """Flattened MuJoCo state `[time, qpos, qvel]`."""
+        return np.asarray(self._env.sim.get_state().flatten(), np.float64)
+
+    def set_state(
+        self, state: NDArray[np.float64], fixtures: Fixtures | None = None
+    ) -> None:
+        """Restores a state, and the fixtures' poses if given; the controller holds where it is."""
+        expected = 1 + self.model.nq + self.model.nv
+        if np.shape(state) != (expected,):
+            raise ValueError(
+                f"state has shape {np.shape(state)}, {self.suite} task {self.task_id} "
+                f"needs ({expected},)"
+            )
+        for name, pose in (fixtures or {}).items():
+            body = self._fixture_body(name)
+            self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
+        self._env.sim.set_state_from_flattened(np.asarray(state, np.float64))
+        self._env.sim.forward()
+        self._env._check_success()
+        self._env._post_process()
+        self._env.timestep = 0
+        for robot in self._env.robots:
+            robot.controller.update(force=True)
+            robot.controller.reset_goal()
+
+    def fixtures(self) -> Fixtures:
+        """Poses of the fixtures, which `state` does not contain."""
+        poses = {}
+        for name in self._env.fixtures_dict:
+            body = self._fixture_body(name)
+            poses[name] = [*self.model.body_pos[body].tolist(), *self.model.body_quat[body].tolist()]
+        return poses
+
+    def _fixture_body(self, name: str) -> int:
+        return int(self._env.sim.model.body_name2id(self._env.fixtures_dict[name].root_body))
+
+    def object_positions(self) -> dict[str, NDArray[np.float64]]:
+        """World position `(3,)` in metres of every movable object, by name."""
+        ids = self._env.obj_body_id
+        return {name: self.data.xpos[ids[name]].copy() for name in self._env.objects_dict}
+
+    def render(self, camera: str = "agentview") -> NDArray[np.uint8]:
+        """The picture `(H, W, 3)` of a camera ("agentview" or "wrist"), turned by 180 degrees."""
+        mujoco = require("mujoco", "libero")
+        if self._renderer is None:
+            options = mujoco.MjvOption()
+            options.geomgroup[0] = 0  # collision shapes
+            with simplified_meshes(self.model, self.mesh_grid_mm / 1000):
+                self._renderer = mujoco.Renderer(self.model, *self.image_size)
+            self._options = options
+        self._renderer.update_scene(self.data, _CAMERA_NAMES[camera], self._options)
+        return self._renderer.render()[:, ::-1].copy()
+
+    def close(self) -> None:
+        """Frees the renderer and the simulation."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self.control_env.close()

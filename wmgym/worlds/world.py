@@ -1,0 +1,107 @@
+"""What the environment asks of a world model: start, step, select.
+
+A `World` is a frozen simulator of a robot's camera. Its state is explicit: every tensor a later
+step depends on is in the `WorldState` that `start` and `step` return, one row per environment, so
+forking, reordering and restoring rows is plain indexing and exact. Rows are independent: what a row
+yields never depends on its neighbours or on how many there are, and rows may be at different steps.
+
+Shapes: `B` rows, `C` context frames, `T` control steps, images `(..., 3, H, W)` float32 in [0, 1],
+proprioception `(..., 8)` as in `wmgym.spaces`, actions `(..., 7)` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WorldState:
+    """Base of every world's state: a frozen dataclass whose fields are tensors `(B, ...)`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __len__(self) -> int:
+        """Number of rows `B`."""
+        return len(next(iter(self.tensors().values())))
+
+
+StateT = TypeVar("StateT", bound=WorldState)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a world imagines for `T` control steps.
+
+    Attributes:
+        frames: `(B, T, 3, H, W)` float32 in [0, 1]; frame `t` follows action `t`.
+        proprio: `(B, T, 8)` float32, in the units of `wmgym.spaces`.
+        success: `(B, T)` bool if the world predicts task success, else None.
+    """
+
+    frames: Tensor
+    proprio: Tensor
+    success: Tensor | None = None
+
+
+@runtime_checkable
+class World(Protocol):
+    """A frozen world model.
+
+    Attributes:
+        name: Name shown in reports and errors.
+        image_size: `(H, W)` in pixels.
+        context: Number `C` of past frames and proprioceptive readings that `start` uses, >= 1.
+        proprio_source: How proprioception is obtained, e.g. `"learned"` or `"integrated"`.
+        device: Where its tensors live.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    context: int
+    proprio_source: str
+    device: torch.device
+
+    def start(self, frames: Tensor, proprio: Tensor) -> WorldState:
+        """State at the last context frame.
+
+        Args:
+            frames: `(B, C, 3, H, W)` float in [0, 1], oldest first.
+            proprio: `(B, C, 8)`.
+        """
+        ...
+
+    def step(self, state: WorldState, actions: Tensor) -> tuple[WorldState, Prediction]:
+        """Advances every row by `T` control steps.
+
+        Args:
+            state: What `start`, `step` or `select` returned.
+            actions: `(B, T, 7)` in [-1, 1].
+        """
+        ...
+
+    def select(self, state: WorldState, index: Tensor) -> WorldState:
+        """Rows `index` `(N,)` of a state, repeats allowed."""
+        ...
+
+
+def select_rows(state: StateT, index: Tensor) -> StateT:
+    """Rows `index` `(N,)` (int64) of a state, as new tensors."""
+    return dataclasses.replace(
+        state, **{k: v.index_select(0, index.to(v.device)) for k, v in state.tensors().items()}
+    )
+
+
+def replace_rows(state: StateT, rows: Tensor, source: StateT) -> StateT:
+    """A copy of `state` in which row `rows[i]` is row `i` of `source`."""
+    merged = {}
+    for name, value in state.tensors().items():
+        merged[name] = value.clone()
+        merged[name][rows.to(value.device)] = source.tensors()[name]
+    return dataclasses.replace(state, **merged)
