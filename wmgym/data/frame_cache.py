@@ -86,6 +86,8 @@ class FrameCache:
     ) -> FrameCache:
         """Opens the cache at `path` if it holds just these data, else decodes them into it.
 
+        Only one process at a time may build a path; others open it afterwards.
+
         Args:
             datasets: Where episodes come from.
             path: Folder of the cache; what another choice of data left there is replaced.

@@ -1,10 +1,10 @@
 """Reads LeRobot v3.0 datasets, ours and public ones, without the lerobot package.
 
 `LeRobotDataset` implements `wmgym.data.episodes.Dataset`. Its metadata is read at once; steps are
-read on demand. A read seeks to the keyframe before its first frame, decodes up to its last, and reads
-only the parquet row groups that hold its steps. Several episodes in one file and one file per episode
-are the same to it. A bounded number of bytes of row groups stays in memory; no file stays open, so
-an instance may be used by several threads, pickled, and used after a fork.
+read on demand. A read seeks to the keyframe before its first frame, decodes up to its last, and
+reads only the parquet row groups that hold its steps. Several episodes in one file and one file per
+episode are the same to it. A bounded number of bytes of row groups stays in memory; no file stays
+open, so an instance may be used by several threads, pickled, and used after a fork.
 
 Which feature is which is told by `LeRobotKeys`, found by name in info.json when not given. Cameras
 may be stored as video or as encoded images in the parquet files.

@@ -213,14 +213,23 @@ def _with_bookkeeping(
 
 
 def _compression(schema: pa.Schema) -> dict[str, Any]:
-    """Parquet options: byte planes of the simulator states compress better than their values."""
-    paths = [f"{fmt.SIM_STATE}.list.element"] if fmt.SIM_STATE in schema.names else []
-    plain = [name for name in schema.names if name != fmt.SIM_STATE]
+    """Parquet options: the byte planes of floating-point vectors compress better than the values.
+
+    Of MuJoCo states of LIBERO, 160 steps an episode, 0.53-0.58 of the bytes remain, against
+    0.55-0.59 without byte planes and 0.69-0.74 with dictionaries.
+    """
+    import pyarrow as pa
+
+    vectors = [
+        f"{field.name}.list.element"
+        for field in schema
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
+    ]
     return {
         "compression": "zstd",
         "compression_level": 9,
-        "use_dictionary": plain,
-        "column_encoding": dict.fromkeys(paths, "BYTE_STREAM_SPLIT"),
+        "use_dictionary": False,
+        "column_encoding": dict.fromkeys(vectors, "BYTE_STREAM_SPLIT"),
     }
 
 

@@ -43,7 +43,8 @@ def stage_episode(
 
     Args:
         staging_dir: The staging area, made if missing.
-        name: Unique name of the episode, a valid file name that does not end in ".part".
+        name: Unique name of the episode, a file name that neither starts with "." nor ends with
+            ".part".
         episode: The episode from its first step on. Its `info.episode_id` is not used; the entries
             of `info.extra` must be JSON values or numpy arrays (stored as lists) and scalars.
         fps: Steps per second.
@@ -55,8 +56,11 @@ def stage_episode(
         FileExistsError: An episode of this name is staged already.
         ValueError: The name is not a file name, or the arrays disagree, are empty or not finite.
     """
-    if not name or Path(name).name != name or name.endswith(PART):
-        raise ValueError(f"name={name!r}: expected a plain file name that does not end in {PART!r}")
+    if Path(name).name != name or name.startswith(".") or name.endswith(PART) or not name:
+        raise ValueError(
+            f"name={name!r}: expected a plain file name that neither starts with '.' nor ends "
+            f"with {PART!r}"
+        )
     _check(episode)
     folder = Path(staging_dir) / name
     if folder.exists():
@@ -84,7 +88,11 @@ def staged_names(staging_dir: str | Path) -> list[str]:
     folder = Path(staging_dir)
     if not folder.is_dir():
         return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.suffix != PART)
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_dir() and not p.name.startswith(".") and p.suffix != PART
+    )
 
 
 def staged_info(staging_dir: str | Path, name: str) -> EpisodeInfo:

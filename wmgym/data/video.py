@@ -75,9 +75,10 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DatasetError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
+            streams = [s for s in container.streams.video if s.codec_context is not None]
+            if not streams:
+                raise DatasetError(f"{path} is damaged or truncated: no readable video stream")
+            stream = streams[0]
             stream.codec_context.thread_count = 1
             yield container, stream
     except FileNotFoundError as error:
@@ -229,6 +230,6 @@ class ClipJoiner:
         path = self._path_of(self._file_index)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._output = av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"})
-        self._stream = self._output.add_stream_from_template(source)
+        self._stream = self._output.add_stream_from_template(source, opaque=True)
         self._parameters = parameters
         self._clips = self._frames = 0

@@ -3,8 +3,8 @@
 A motion is a generator of actions `(7,)`. It steers towards a target that is a function of the
 current state, so whatever the caller executes instead of the yielded action (noise, for instance)
 is corrected by the next one. Actions are proportional in LIBERO's own units: position error over
-5 cm times 3, rotation vector over 0.5 rad times 2, scaled down to a speed limit, gripper -1 (open)
-or +1 (close).
+5 cm times 3, rotation vector over 0.5 rad times 2, each scaled down to a speed limit, gripper
+-1 (open) or +1 (close).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _STALL_PROGRESS = 0.0012
 _CLOSED_STILL = 2e-4
 
 # The Panda, its gripper pointing down: the elbow locks when shoulder and wrist are 0.70 m apart.
-_SHOULDER_HEIGHT, _WRIST_RADIUS, _WRIST_ABOVE_TIP, _LONGEST_REACH = 0.333, 0.088, 0.207, 0.69
+_SHOULDER_HEIGHT, _WRIST_RADIUS, _WRIST_ABOVE_TIP, _LONGEST_REACH = 0.333, 0.088, 0.207, 0.67
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,20 @@ class Arm:
             math.hypot(dx, dy) - _WRIST_RADIUS, dz + _WRIST_ABOVE_TIP - _SHOULDER_HEIGHT
         )
 
-    def within_reach(self, tip: Array, floor: float) -> Array:
-        """Lowers `tip`, though not below the height `floor`, until the arm can reach it."""
+    def ceiling(self, tip: Array) -> float:
+        """Greatest height of the tip that the arm reaches at the horizontal position of `tip`."""
         dx, dy, _ = tip - self.scene.base
         radius = math.hypot(dx, dy) - _WRIST_RADIUS
         rise = math.sqrt(max(0.0, _LONGEST_REACH**2 - radius**2))
-        ceiling = self.scene.base[2] + _SHOULDER_HEIGHT - _WRIST_ABOVE_TIP + rise
-        return np.array([tip[0], tip[1], min(tip[2], max(ceiling, floor))])
+        return float(self.scene.base[2] + _SHOULDER_HEIGHT - _WRIST_ABOVE_TIP + rise)
+
+    def drawn_in(self, tip: Array) -> Array:
+        """Moves `tip` towards the base, at its height, until the arm can reach it."""
+        way = tip - self.scene.base
+        height = way[2] + _WRIST_ABOVE_TIP - _SHOULDER_HEIGHT
+        longest = _WRIST_RADIUS + math.sqrt(max(0.0, _LONGEST_REACH**2 - height**2))
+        shrink = min(1.0, longest / max(1e-9, math.hypot(way[0], way[1])))
+        return tip - (1.0 - shrink) * np.array([way[0], way[1], 0.0])
 
     # --- motions ------------------------------------------------------------------------------
 
@@ -150,6 +157,7 @@ class Arm:
         rtol: float = 0.06,
         steps: int = 120,
         vmax: float = 1.0,
+        gain: float = 1.0,
         stall: int | None = None,
     ) -> Motion:
         """Goes to a moving target: until there, out of steps, or without progress.
@@ -162,6 +170,7 @@ class Arm:
             rtol: Angle that counts as there, radians.
             steps: Limit at full speed; a slower expert gets proportionally more.
             vmax: Speed limit, 1 is the controller's.
+            gain: Factor on the position gain: below 1 it brakes before it arrives.
             stall: Steps without progress (contact) after which the motion ends.
         """
         closest, stuck = math.inf, 0
@@ -178,10 +187,10 @@ class Arm:
             if stall is not None and stuck >= stall:
                 return
             self.phase = phase
-            yield self._action(error, turn, grip, vmax)
+            yield self._action(gain * error, turn, grip, vmax)
 
     def rise(self, phase: Phase, height: float, grip: float, **limits: float) -> Motion:
-        """Moves straight up to a height, as far as the arm reaches.
+        """Moves up to a height, and inwards where the arm would not reach.
 
         Args:
             phase: Name of the motion.
@@ -189,8 +198,8 @@ class Arm:
             grip: `OPEN` or `CLOSE`.
             **limits: `steps`, `tol` and `vmax` of `move`.
         """
-        start = self.scene.tip
-        top = self.within_reach(np.array([start[0], start[1], height]), floor=start[2])
+        x, y, _ = self.scene.tip
+        top = self.drawn_in(np.array([x, y, height]))
         limits = {"tol": 0.02, "steps": 60, **limits}
         frame = self.scene.tip_frame
         yield from self.move(phase, lambda: (top, frame), grip, rtol=ANY, **limits)  # type: ignore[arg-type]
@@ -221,6 +230,8 @@ class Arm:
     def _action(self, error: Array, turn: Array, grip: float, vmax: float) -> Action:
         linear, angular = _POSITION_GAIN * error, _ROTATION_GAIN * turn
         limit, angular_limit = vmax * self.config.speed, _ROTATION_LIMIT * self.config.speed
-        linear *= min(1.0, limit / max(float(np.abs(linear).max()), 1e-9))
+        # Height apart from the rest: a long way down must not drown the horizontal correction.
+        linear[:2] *= min(1.0, limit / max(float(np.abs(linear[:2]).max()), 1e-9))
+        linear[2] = min(max(linear[2], -limit), limit)
         angular *= min(1.0, angular_limit / max(float(np.abs(angular).max()), 1e-9))
         return np.array([*linear, *angular, grip], np.float32)

@@ -110,8 +110,9 @@ def put_in_drawer(arm: Arm, predicate: Sequence[str]) -> Skill:
     yield from arm.rise("retreat", arm.scene.tip[2] + 0.12, OPEN, tol=0.03, steps=40)
     # The rim away from the cabinet, leaning outwards: the hand must not touch the cabinet's top.
     out = drawer.out
-    choose = partial(rim_grasp, side=math.atan2(out[1], out[0]), tilt=0.5)
-    return (yield from pick_and_place(arm, predicate, choose, drawer.resting_place, drop=0.02))
+    goal, side = drawer.resting_place, math.atan2(out[1], out[0])
+    choose = partial(rim_grasp, goal=goal, side=side, tilt=0.5)
+    return (yield from pick_and_place(arm, predicate, choose, goal, drop=0.02))
 
 
 def turn_knob(arm: Arm, predicate: Sequence[str]) -> Skill:
@@ -184,7 +185,7 @@ def _push(arm: Arm, name: str, goal: Array) -> Motion:
         sideways = slip - (slip @ ahead) * ahead
         x, y = scene.tip[:2] + 0.03 * ahead - 1.2 * sideways
         arm.phase = "work"
-        yield arm.servo(np.array([x, y, z - 0.004]), frame, CLOSE, vmax=0.5)
+        yield arm.servo(np.array([x, y, z + 0.001]), frame, CLOSE, vmax=0.5)
     yield from arm.rise("retreat", scene.tip[2] + 0.1, CLOSE, tol=0.03, steps=25)
 
 

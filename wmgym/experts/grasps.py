@@ -19,6 +19,9 @@ from wmgym.experts.geometry import GRIPPER_DOWN, Array, lean, rot_z, wrap
 _WIDEST = 0.074
 """Widest object that the open fingers take, metres."""
 
+_FAR = 0.65
+"""Stretch of the arm that is better avoided, metres."""
+
 _UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -39,6 +42,9 @@ class Grasp:
         """Unit vector away from the object, against the approach `(3,)`."""
         return -self.frame[:, 2]
 
+
+Goal = Callable[[], Array]
+"""Where the origin of the held object shall be `(3,)`, now."""
 
 Chooser = Callable[[Arm, str], Grasp | None]
 """Chooses a grasp of the named object, or finds none."""
@@ -71,12 +77,15 @@ def side_grasp(arm: Arm, name: str) -> Grasp | None:
     return Grasp(tip - scene.position(name), rot_z(yaw) @ GRIPPER_DOWN)
 
 
-def rim_grasp(arm: Arm, name: str, *, side: float | None = None, tilt: float = 0.0) -> Grasp:
+def rim_grasp(
+    arm: Arm, name: str, *, goal: Goal, side: float | None = None, tilt: float = 0.0
+) -> Grasp:
     """A grasp with one finger inside a round vessel and one outside.
 
     Args:
         arm: The arm.
         name: The vessel.
+        goal: Where it shall go: the arm has to reach that, too.
         side: Direction (radians, world) from its centre in which to take the rim; any if None.
         tilt: Angle by which the hand leans outwards, radians.
     """
@@ -86,6 +95,7 @@ def rim_grasp(arm: Arm, name: str, *, side: float | None = None, tilt: float = 0
     center = (low + high) / 2
     top = points[points[:, 2] > high[2] - 0.012]
     radius = np.linalg.norm((top - center)[:, :2], axis=1).max() - 0.006
+    way = goal() - scene.position(name)
     best: tuple[float, Array, float] | None = None
     for direction in np.linspace(-math.pi, math.pi, 25)[:-1]:
         x, y = center[:2] + radius * np.array([math.cos(direction), math.sin(direction)])
@@ -99,7 +109,9 @@ def rim_grasp(arm: Arm, name: str, *, side: float | None = None, tilt: float = 0
             cost = 0.6 * abs(yaw) + 0.5 * hits
         else:
             cost = 1.8 * abs(wrap(direction - side))
-        cost += 30 * max(0.0, arm.stretch(tip + 0.08 * _UP) - 0.67) + arm.vary(0.0, 0.5)
+        above = tip + 0.08 * _UP
+        stretch = max(arm.stretch(above), arm.stretch(above + way))
+        cost += 30 * max(0.0, stretch - _FAR) + arm.vary(0.0, 0.5)
         if best is None or cost < best[0]:
             best = (cost, tip, direction)
     assert best is not None  # the loop is never empty

@@ -7,16 +7,14 @@ the privileged state (did the object rise, does LIBERO say it is in place) and t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
+from functools import partial
 
 import numpy as np
 
 from wmgym.experts.arm import ANY, CLOSE, OPEN, Action, Arm, Motion, Pose, Skill
 from wmgym.experts.geometry import Array
-from wmgym.experts.grasps import Chooser, Grasp, rim_grasp, side_grasp
-
-Goal = Callable[[], Array]
-"""Where the origin of the held object shall be `(3,)`, now."""
+from wmgym.experts.grasps import Chooser, Goal, Grasp, rim_grasp, side_grasp
 
 _LIFTED = 0.04
 """Rise of the object after which a grasp counts as successful, metres."""
@@ -71,14 +69,15 @@ def _approach(arm: Arm, name: str, grasp: Grasp, error: Array) -> Motion:
     far = (safe - tip[2]) / back[2]
 
     def above() -> Pose:
-        return arm.within_reach(away(far)[0], floor=tip[2] + 0.05), grasp.frame
+        x, y, z = away(far)[0]
+        return np.array([x, y, min(z, max(arm.ceiling(scene.tip), tip[2] + 0.05))]), grasp.frame
 
     def at() -> Pose:
         return away(0.0)
 
     if scene.tip[2] < safe - 0.02:
         yield from arm.rise("transit", safe, OPEN, steps=120)
-    yield from arm.move("transit", above, OPEN, tol=0.012, rtol=0.08)
+    yield from arm.move("transit", above, OPEN, tol=0.012, rtol=0.08, stall=25)
     yield from arm.move("approach", lambda: away(0.05), OPEN)
     yield from arm.move("approach", at, OPEN, tol=0.004, steps=40, vmax=0.35, stall=6)
 
@@ -100,16 +99,16 @@ def carry(arm: Arm, name: str, grasp: Grasp, goal: Goal, height: float | None = 
     height = max(height, goal()[2] + hang + 0.03) + arm.vary(0.0, 0.04)
     if scene.tip[2] < height - 0.01:
         start = scene.tip
-        top = arm.within_reach(np.array([start[0], start[1], height]), floor=start[2])
+        start[2] = max(start[2], min(height, arm.ceiling(start)))
         yield from arm.move(
-            "carry", lambda: (top, grasp.frame), CLOSE, tol=0.02, rtol=ANY, steps=60
+            "carry", lambda: (start, grasp.frame), CLOSE, tol=0.02, rtol=ANY, steps=60
         )
 
     def over() -> Pose:
         x, y = (goal() + scene.tip - scene.position(name))[:2]
-        return arm.within_reach(np.array([x, y, height]), floor=0.0), grasp.frame
+        return np.array([x, y, min(height, arm.ceiling(scene.tip))]), grasp.frame
 
-    yield from arm.move("carry", over, CLOSE, tol=0.012, rtol=0.1)
+    yield from arm.move("carry", over, CLOSE, tol=0.012, rtol=0.1, gain=0.4, stall=25)
 
 
 def place(
@@ -211,9 +210,12 @@ def put_vessel_on(arm: Arm, predicate: Sequence[str]) -> Skill:
     shift = _spread(arm, 0.006)
     if support in scene.objects:
         shift[2] = 0.004
-    return (
-        yield from pick_and_place(arm, predicate, rim_grasp, lambda: scene.target(support) + shift)
-    )
+
+    def goal() -> Array:
+        return scene.target(support) + shift
+
+    choose = partial(rim_grasp, goal=goal)
+    return (yield from pick_and_place(arm, predicate, choose, goal))
 
 
 def put_on(arm: Arm, predicate: Sequence[str], *, above: float = 0.0) -> Skill:

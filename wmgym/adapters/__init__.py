@@ -1,0 +1,1 @@
+"""Bridges from `WorldModel-LIBERO-v0` to other libraries' interfaces."""

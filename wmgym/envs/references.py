@@ -1,0 +1,113 @@
+"""The reference branch of R3: what the world imagines under the recorded actions.
+
+Each group has one branch, shared by its members. It is advanced beside them, in chunks of the same
+length and from the same start state, so that a member that repeats the recorded actions goes
+through the very same computation and its distance is exactly 0. Beyond the first chunk the branch
+continues from its own imagined state.
+
+Since the world is frozen, a chunk of a branch depends only on `(episode, frame, elapsed steps)`: it
+is cached with the state after it and its perceptual features, and a start that comes up again costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wmgym.envs.cache import ByteCache
+from wmgym.rewards.verified import Reference
+from wmgym.worlds.world import World, WorldState
+
+
+@dataclass(frozen=True)
+class BranchChunk:
+    """One chunk of `n` branches.
+
+    Attributes:
+        state: The world after the chunk, rows `n`.
+        reference: The imagined frames `(n, T, 3, H, W)` with their perceptual features.
+    """
+
+    state: WorldState
+    reference: Reference
+
+
+class ReferenceBranches:
+    """Advances reference branches, each chunk computed once.
+
+    Args:
+        world: The frozen world.
+        encode: Turns frames `(n, T, 3, H, W)` into what the reward compares with.
+        cache: Keeps chunks of branches.
+    """
+
+    def __init__(
+        self, world: World, encode: Callable[[Tensor], Reference], cache: ByteCache
+    ) -> None:
+        self._world = world
+        self._encode = encode
+        self._cache = cache
+
+    def advance(
+        self, state: WorldState, actions: Tensor, keys: Sequence[tuple[int, int, int]]
+    ) -> BranchChunk:
+        """One chunk further.
+
+        Args:
+            state: Rows `n`, at the states that `keys` name.
+            actions: `(n, T, 7)`, the recorded actions.
+            keys: `n` times `(episode_id, frame_index, elapsed steps)`.
+        """
+        names = [("branch", *key) for key in keys]
+        found: list[BranchChunk | None] = [self._cache.get(name) for name in names]
+        missing = [i for i, chunk in enumerate(found) if chunk is None]
+        if not missing:
+            return _join(found)
+        fresh = self._compute(state, actions, missing)
+        everything = len(missing) == len(keys)
+        if everything and self._cache.max_bytes == 0:
+            return fresh
+        for j, i in enumerate(missing):
+            found[i] = chunk = _row(fresh, j)
+            self._cache.put(names[i], chunk, _nbytes(chunk))
+        return fresh if everything else _join(found)
+
+    def _compute(self, state: WorldState, actions: Tensor, rows: list[int]) -> BranchChunk:
+        if len(rows) < len(actions):
+            index = torch.tensor(rows, device=actions.device)
+            state, actions = self._world.select(state, index), actions[index]
+        after, prediction = self._world.step(state, actions)
+        return BranchChunk(after, self._encode(prediction.frames))
+
+
+def _row(chunk: BranchChunk, row: int) -> BranchChunk:
+    """One branch in memory of its own, so that keeping it keeps nothing else."""
+    return _map_tensors(lambda x: x[row : row + 1].clone(), [chunk])
+
+
+def _join(chunks: Sequence[BranchChunk | None]) -> BranchChunk:
+    return _map_tensors(lambda *x: torch.cat(x), [c for c in chunks if c is not None])
+
+
+def _nbytes(chunk: BranchChunk) -> int:
+    sizes: list[int] = []
+    _map_tensors(lambda x: sizes.append(x.nbytes), [chunk])
+    return sum(sizes)
+
+
+def _map_tensors(function: Callable[..., Any], trees: Sequence[Any]) -> Any:
+    """Applies a function to the corresponding tensors of nested dataclasses of one structure."""
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return function(*trees)
+    if not dataclasses.is_dataclass(first):
+        return first
+    names = [f.name for f in dataclasses.fields(first)]
+    parts = {n: _map_tensors(function, [getattr(tree, n) for tree in trees]) for n in names}
+    return cast("type[Any]", type(first))(**parts)

@@ -1,0 +1,85 @@
+"""Worlds and datasets by name, loaded once a process.
+
+A thousand environments of one world share its weights: the caches below are keyed by what decides
+the loaded object, so `gym.make` in a loop or a vector of single environments costs no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from wmgym.data.episodes import Dataset
+from wmgym.worlds.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_world(
+    world: str | os.PathLike[str] | World, device: str | torch.device, dtype: str
+) -> World:
+    """A world by name or folder, or the object itself.
+
+    Args:
+        world: Name of a shipped world, a checkpoint folder, or anything with the `World` protocol.
+        device: "cpu", "cuda", "auto" or a torch device; an object stays where it is.
+        dtype: "float32" or "bfloat16", of the networks; an object stays as it is.
+
+    Raises:
+        ValueError: Unknown dtype.
+        TypeError: Neither a name nor a `World`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
+    if isinstance(world, (str, os.PathLike)):
+        return _load_world(os.fspath(world), resolve_device(device), dtype)
+    if isinstance(world, World):
+        return world
+    raise TypeError(
+        f"world={world!r}: give the name of a world, a checkpoint folder, or an object with the "
+        "attributes and methods of wmgym.worlds.world.World"
+    )
+
+
+def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str) -> Dataset:
+    """A LeRobot dataset by folder, the object itself, or for None the shipped one of `suite`.
+
+    Raises:
+        TypeError: Neither a path nor a `Dataset`.
+    """
+    if dataset is None:
+        from wmgym.assets import asset_path
+
+        return _load_dataset(Path(asset_path("demos", suite)))
+    if isinstance(dataset, (str, os.PathLike)):
+        return _load_dataset(Path(dataset))
+    if isinstance(dataset, Dataset):
+        return dataset
+    raise TypeError(
+        f"dataset={dataset!r}: give a folder of a LeRobot dataset, or an object with the "
+        "attributes and methods of wmgym.data.episodes.Dataset"
+    )
+
+
+@lru_cache(maxsize=4)
+def _load_world(name: str, device: torch.device, dtype: str) -> World:
+    from wmgym.worlds.checkpoints import load_world
+
+    return load_world(name, device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=8)
+def _load_dataset(root: Path) -> Dataset:
+    from wmgym.data.lerobot import LeRobotDataset
+
+    return LeRobotDataset(root)

@@ -1,0 +1,155 @@
+"""From a reward's name to rewards of imagined chunks.
+
+R1 looks at actions alone. R2 and R3 measure a distance between the imagined frames and a reference:
+the recorded frames, or those the same world imagines under the recorded actions. A function may
+look at everything. What a reward does not look at is neither rolled out nor read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wmgym.rewards.perceptual import LPIPS
+from wmgym.rewards.verified import (
+    Reference,
+    RewardKind,
+    RewardWeights,
+    VerifiedReward,
+    encode_reference,
+)
+
+KINDS: dict[str, RewardKind] = {kind: kind for kind in get_args(RewardKind)}
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """One chunk of `n` environments, on the world's device; frames `(n, T, 3, H, W)` in [0, 1].
+
+    Attributes:
+        frames: Imagined frames; frame `t` follows action `t`.
+        proprio: `(n, T, 8)` imagined.
+        actions: `(n, T, 7)` given.
+        reference_actions: `(n, T, 7)` recorded.
+        recorded_frames: Recorded frames, None under R1 and R3.
+        reference_frames: Frames imagined under the recorded actions, None under R1 and R2.
+        valid: `(n, T)` bool, the control steps before the episode's end; others count for nothing.
+        rows: `(n,)` the environments these are.
+    """
+
+    frames: Tensor
+    proprio: Tensor
+    actions: Tensor
+    reference_actions: Tensor
+    recorded_frames: Tensor | None
+    reference_frames: Tensor | None
+    valid: Tensor
+    rows: NDArray[np.int64]
+
+
+RewardFunction = Callable[[RewardInputs], Tensor]
+"""`(n, T)` rewards, one per control step; gets recorded and reference frames both."""
+
+
+class Scorer:
+    """A reward with what the environment must know about it.
+
+    Args:
+        reward: "R1", "R2", "R3" or a function.
+        weights: Weights of the distance's terms, None for the defaults.
+        device: Where the perceptual network lives.
+        dtype: Arithmetic of the perceptual network.
+
+    Attributes:
+        recorded: Whether it looks at recorded frames.
+        imagined: Whether it looks at frames imagined under the recorded actions.
+
+    Raises:
+        ValueError: An unknown name, unknown weights, or weights beside a function.
+    """
+
+    def __init__(
+        self,
+        reward: str | RewardFunction,
+        weights: Mapping[str, float] | RewardWeights | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._function: RewardFunction | None = None
+        self._verified: VerifiedReward | None = None
+        if not isinstance(reward, str):
+            if not callable(reward):
+                raise ValueError(f"reward={reward!r}: allowed are 'R1', 'R2', 'R3' or a function")
+            if weights is not None:
+                raise ValueError("reward_weights go with 'R1', 'R2' and 'R3', not with a function")
+            self._function = reward
+            self.recorded = self.imagined = True
+            return
+        if reward not in KINDS:
+            raise ValueError(f"reward={reward!r}: allowed are 'R1', 'R2', 'R3' or a function")
+        kind = KINDS[reward]
+        self.recorded, self.imagined = reward == "R2", reward == "R3"
+        chosen = _weights(weights)
+        used = reward != "R1" and chosen.lpips > 0
+        self._verified = VerifiedReward(kind, _lpips(device, dtype) if used else None, chosen)
+
+    def encode(self, frames: Tensor) -> Reference:
+        """What comparing with reference frames `(N, T, 3, H, W)` needs, once for all members."""
+        if self._verified is None:
+            return encode_reference(frames, None)
+        return self._verified.encode_reference(frames)
+
+    def __call__(
+        self, inputs: RewardInputs, reference: Reference | None, groups: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards `(n, T)` and their terms, each `(n, T)`.
+
+        Args:
+            inputs: The chunk.
+            reference: What `encode` returned for the groups' reference frames.
+            groups: `(n,)` the group of every row.
+
+        Raises:
+            ValueError: A function returned another shape.
+        """
+        if self._verified is not None:
+            return self._verified(
+                actions=inputs.actions,
+                reference_actions=inputs.reference_actions,
+                frames=inputs.frames,
+                reference=reference,
+                rows=groups,
+            )
+        assert self._function is not None
+        rewards = self._function(inputs)
+        if rewards.shape != inputs.valid.shape:
+            raise ValueError(
+                f"the reward function returned shape {tuple(rewards.shape)}, expected (n, T) = "
+                f"{tuple(inputs.valid.shape)}"
+            )
+        return rewards.float(), {}
+
+
+def _weights(weights: Mapping[str, float] | RewardWeights | None) -> RewardWeights:
+    if weights is None:
+        return RewardWeights()
+    if isinstance(weights, RewardWeights):
+        return weights
+    names = [f.name for f in fields(RewardWeights)]
+    unknown = sorted(set(weights) - set(names))
+    if unknown:
+        raise ValueError(f"reward_weights has unknown terms {unknown}: allowed are {names}")
+    return RewardWeights(**weights)
+
+
+@lru_cache(maxsize=4)
+def _lpips(device: torch.device, dtype: torch.dtype) -> LPIPS:
+    """One LPIPS a process; its passes are of one size, so results do not depend on `num_envs`."""
+    return LPIPS(dtype=dtype, micro_batch=64 if device.type == "cuda" else 8).to(device)

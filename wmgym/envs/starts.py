@@ -1,0 +1,222 @@
+"""Where imagined episodes start, and the recorded trajectory each is verified against.
+
+A start is a step `f` of a recorded episode of `N` steps. The world gets the `C` frames up to `f`
+(the first frame repeated before the episode's beginning); the reference is what was recorded from
+there: action `f + k` and, after it, frame `f + k + 1`. The last recorded action has no frame after
+it, so `N - 1 - f` control steps are left at `f`, and an imagined episode lasts `min(horizon, N - 1
+- f)`.
+
+By default only successful episodes serve as references: a failed demonstration is no target.
+
+Shapes: `C` context frames, `S` control steps of the imagined episode, images `(H, W, 3)` uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmgym.data.episodes import Dataset, EpisodeInfo
+from wmgym.envs.cache import ByteCache
+
+SPLITS = ("train", "held_out", "all")
+StartFunction = Callable[[np.random.Generator, Sequence[EpisodeInfo]], tuple[int, int]]
+"""Chooses a start: `(rng, eligible episodes) -> (episode_id, frame_index)`."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A step of a recorded episode with what precedes and follows it.
+
+    Attributes:
+        info: The episode.
+        frame_index: Step `f` of the episode.
+        steps: Control steps `S` that the imagined episode lasts.
+        context_images: `(C, H, W, 3)` uint8, oldest first; the last one is frame `f`.
+        context_proprio: `(C, 8)` float32.
+        images: `(S, H, W, 3)` uint8; `images[k]` was recorded after `actions[k]`.
+        actions: `(P, 7)` float32 in [-1, 1], `P` = horizon rounded up to chunks plus one chunk,
+            from step `f` on; past the episode's end its last action is repeated.
+    """
+
+    info: EpisodeInfo
+    frame_index: int
+    steps: int
+    context_images: NDArray[np.uint8]
+    context_proprio: NDArray[np.float32]
+    images: NDArray[np.uint8]
+    actions: NDArray[np.float32]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """`(episode_id, frame_index)`."""
+        return self.info.episode_id, self.frame_index
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        arrays = (self.context_images, self.context_proprio, self.images, self.actions)
+        return sum(a.nbytes for a in arrays)
+
+
+class StartStates:
+    """Draws starts from a dataset and reads them.
+
+    Args:
+        dataset: Recorded episodes.
+        suite: Episodes of this suite are eligible, and those whose suite is unknown.
+        tasks: Eligible task ids, or None for all.
+        split: "train" (no held-out initial states), "held_out" (only those) or "all".
+        starts: "frames": uniform over all steps of eligible episodes with `horizon` steps left; an
+            episode too short for that offers its first step. "episodes": the first step of a
+            uniformly drawn episode. Or a function `(rng, episodes) -> (episode_id, frame_index)`.
+        horizon: Control steps of an imagined episode, >= 1.
+        chunk: Control steps of an environment step.
+        context: Context frames `C` of the world.
+        image_size: `(H, W)` of the world.
+        cache: Keeps what was read.
+
+    Raises:
+        ValueError: An unknown split or kind of start, or no eligible episode.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        suite: str,
+        tasks: Sequence[int] | None,
+        split: str,
+        starts: str | StartFunction,
+        horizon: int,
+        chunk: int,
+        context: int,
+        image_size: tuple[int, int],
+        cache: ByteCache,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: allowed are {', '.join(map(repr, SPLITS))}")
+        if not callable(starts) and starts not in ("frames", "episodes"):
+            raise ValueError(f"starts={starts!r}: allowed are 'frames', 'episodes' or a function")
+        self._dataset = dataset
+        self._kind = starts
+        self._horizon = horizon
+        self._padded = -(-horizon // chunk) * chunk + chunk
+        self._context = context
+        self._image_size = image_size
+        self._cache = cache
+        self._by_id = {e.episode_id: e for e in dataset.episodes}
+        self.episodes = [e for e in dataset.episodes if _eligible(e, suite, tasks, split)]
+        if not self.episodes:
+            raise ValueError(
+                f"no successful episode of suite={suite!r}, tasks={tasks!r}, split={split!r} among "
+                f"{len(self._by_id)}; the dataset has {_summary(dataset.episodes)}"
+            )
+        self._cumulative = np.cumsum([self._choices(e) for e in self.episodes])
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Draws `(episode_id, frame_index)`; `rng` is its only randomness."""
+        if callable(self._kind):
+            return self.check(*self._kind(rng, tuple(self.episodes)))
+        if self._kind == "episodes":
+            return self.episodes[rng.integers(len(self.episodes))].episode_id, 0
+        drawn = int(rng.integers(self._cumulative[-1]))
+        index = int(np.searchsorted(self._cumulative, drawn, side="right"))
+        before = int(self._cumulative[index - 1]) if index else 0
+        return self.episodes[index].episode_id, drawn - before
+
+    def choose(
+        self, rng: np.random.Generator, episode_id: int | None, frame_index: int | None
+    ) -> tuple[int, int]:
+        """The start that was asked for, what was not asked for being drawn.
+
+        Given an episode alone, its step is drawn if starts are "frames", otherwise it is the first.
+
+        Raises:
+            ValueError: As in `check`.
+        """
+        if episode_id is None:
+            return self.draw(rng)
+        if frame_index is None:
+            self.check(episode_id, 0)
+            choices = self._choices(self._by_id[episode_id])
+            frame_index = int(rng.integers(choices)) if self._kind == "frames" else 0
+        return self.check(episode_id, frame_index)
+
+    def check(self, episode_id: int, frame_index: int) -> tuple[int, int]:
+        """Validates a start; any episode of the dataset may be asked for, eligible or not.
+
+        Raises:
+            ValueError: No such episode, or no control step is left at that frame.
+        """
+        info = self._by_id.get(episode_id)
+        if info is None:
+            raise ValueError(
+                f"episode_id={episode_id!r}: the dataset has {len(self._by_id)} episodes, ids "
+                f"{min(self._by_id)} to {max(self._by_id)}"
+            )
+        if not 0 <= frame_index <= info.length - 2:
+            raise ValueError(
+                f"frame_index={frame_index!r}: episode {episode_id} has {info.length} steps, so "
+                f"0 to {info.length - 2} are allowed (one recorded step must follow)"
+            )
+        return int(episode_id), int(frame_index)
+
+    def load(self, episode_id: int, frame_index: int) -> Start:
+        """Reads a start that passed `check`, from the cache if it is there.
+
+        Raises:
+            ValueError: The recorded images have another size than the world's.
+        """
+        key = ("start", episode_id, frame_index)
+        start = self._cache.get(key)
+        if start is None:
+            start = self._read(episode_id, frame_index)
+            self._cache.put(key, start, start.nbytes)
+        return start
+
+    def _read(self, episode_id: int, f: int) -> Start:
+        info = self._by_id[episode_id]
+        steps = min(self._horizon, info.length - 1 - f)
+        first = max(0, f - self._context + 1)
+        piece = self._dataset.read(episode_id, first, min(info.length, f + self._padded))
+        if piece.images.shape[1:3] != self._image_size:
+            raise ValueError(
+                f"episode {episode_id} has images of {piece.images.shape[1:3]} pixels, the world "
+                f"imagines {self._image_size}; give a dataset recorded at that size"
+            )
+        now = f - first
+        context = np.maximum(np.arange(now - self._context + 1, now + 1), 0)
+        later = np.minimum(np.arange(now, now + self._padded), len(piece) - 1)
+        return Start(
+            info=info,
+            frame_index=f,
+            steps=steps,
+            context_images=piece.images[context],
+            context_proprio=piece.proprio[context].astype(np.float32),
+            images=piece.images[now + 1 : now + 1 + steps].copy(),
+            actions=np.clip(piece.actions[later].astype(np.float32), -1.0, 1.0),
+        )
+
+    def _choices(self, episode: EpisodeInfo) -> int:
+        return max(1, episode.length - self._horizon)
+
+
+def _eligible(episode: EpisodeInfo, suite: str, tasks: Sequence[int] | None, split: str) -> bool:
+    return (
+        episode.suite in ("", suite)
+        and (tasks is None or episode.task_id in tasks)
+        and (split == "all" or episode.held_out == (split == "held_out"))
+        and episode.success is not False
+        and episode.length >= 2
+    )
+
+
+def _summary(episodes: Sequence[EpisodeInfo]) -> str:
+    suites = sorted({e.suite or "unknown" for e in episodes})
+    tasks = sorted({e.task_id for e in episodes})
+    held_out = sum(e.held_out for e in episodes)
+    return f"suites {suites}, task ids {tasks}, {held_out} held-out episodes"

@@ -1,0 +1,98 @@
+"""`WorldModelEnv`: one imagined environment, the batch of one of `WorldModelVectorEnv`.
+
+Both classes are importable from here, where the registered ids point to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wmgym.envs.infos import take_row, take_value
+from wmgym.envs.state import EnvState
+from wmgym.envs.vector import WorldModelVectorEnv
+from wmgym.spaces import CONTROL_HZ
+
+__all__ = ["WorldModelEnv", "WorldModelVectorEnv"]
+
+
+class WorldModelEnv(gym.Env):
+    """Robot control imagined by a frozen world model, with a verified reward.
+
+    Takes the keyword arguments of `WorldModelVectorEnv` except `num_envs`, `group_size` and
+    `autoreset_mode`, and behaves as row 0 of it with the same seed. Environments of one process
+    share the world's weights.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> env = gym.make("wmgym:WorldModel-LIBERO-v0", reward="R1")  # doctest: +SKIP
+        >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
+        >>> env.step(info["reference_action"])[1]  # doctest: +SKIP
+        0.0
+    """
+
+    metadata = {  # noqa: RUF012 - Gymnasium's own annotation of this attribute is a plain dict
+        "render_modes": ["rgb_array"],
+        "render_fps": CONTROL_HZ,
+    }
+
+    def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
+        fixed = sorted({"num_envs", "group_size", "autoreset_mode"} & set(kwargs))
+        if fixed:
+            raise ValueError(f"{fixed} belong to the vector environment: use gymnasium.make_vec")
+        self.vector = WorldModelVectorEnv(
+            1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **kwargs
+        )
+        self.render_mode = render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+
+    @property
+    def instruction(self) -> str:
+        """The task of the current episode in words."""
+        return self.vector.starts[0].info.instruction
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts a new episode; see `WorldModelVectorEnv.reset`."""
+        super().reset(seed=seed)
+        observation, infos = self.vector.reset(seed=seed, options=options)
+        return self._first(observation), take_row(infos, 0)
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Advances by one action `(7,)` or chunk `(T, 7)`; see `WorldModelVectorEnv.step`.
+
+        Raises:
+            ValueError: Wrong shape, NaN or infinity.
+            ResetNeeded: The episode has ended.
+        """
+        batch = action[None] if isinstance(action, Tensor) else np.asarray(action)[None]
+        observation, reward, terminated, truncated, infos = self.vector.step(batch)
+        flags = (bool(terminated[0]), bool(truncated[0]))
+        return self._first(observation), float(reward[0]), *flags, take_row(infos, 0)
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The imagined frame beside the one it is compared with, `(H, 2 W, 3)` uint8."""
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def get_state(self) -> EnvState:
+        """A snapshot, see `WorldModelVectorEnv.get_state`."""
+        return self.vector.get_state()
+
+    def set_state(self, state: EnvState) -> None:
+        """Restores a snapshot exactly."""
+        self.vector.set_state(state)
+
+    def close(self) -> None:
+        """Lets go of states and caches; the world stays loaded for other environments."""
+        self.vector.close()
+
+    def _first(self, observation: dict[str, Any]) -> dict[str, Any]:
+        return {key: take_value(value[0]) for key, value in observation.items()}

@@ -1,0 +1,1 @@
+"""Imagined rollouts as videos and picture strips."""

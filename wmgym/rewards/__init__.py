@@ -1,0 +1,1 @@
+"""Verified rewards: pure functions on tensors."""

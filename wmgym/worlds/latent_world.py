@@ -1,0 +1,237 @@
+"""The small world: a context-conditioned tokenizer and frame-parallel latent dynamics.
+
+`LatentWorldModel` is the network, `LatentWorld` runs it frozen behind the `World` protocol. Up to
+`horizon` control steps are imagined from one real frame; after that the last imagined frame takes
+its place, and so on for as long as one likes.
+
+Exactness. A pass always covers the whole horizon with the actions so far, attention is causal, and
+frames are drawn one by one from the context, so that a chunk asked for at once and step by step is
+the same up to the rounding of the matrix products. Rows never mix. A single row is computed as two
+equal ones, because matrix products of one row sum in another order than those of many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wmgym.spaces import ACTION_DIM
+from wmgym.worlds.dynamics import READINGS, DynamicsConfig, LatentDynamics
+from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
+from wmgym.worlds.world import Prediction, WorldState, select_rows
+
+_ROWS_PER_PASS = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LatentWorldConfig:
+    """Shape of a `LatentWorldModel`.
+
+    Attributes:
+        tokenizer: Shape of the tokenizer.
+        dynamics: Shape of the dynamics.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
+
+
+class LatentWorldModel(nn.Module):
+    """Tokenizer and dynamics with their weights."""
+
+    def __init__(self, config: LatentWorldConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = ContextTokenizer(config.tokenizer)
+        self.dynamics = LatentDynamics(
+            config.dynamics,
+            width=config.tokenizer.width,
+            slots=config.tokenizer.slots,
+            latent=config.tokenizer.latent,
+        )
+
+
+@dataclass(frozen=True)
+class LatentState(WorldState):
+    """Everything later steps depend on.
+
+    Attributes:
+        frame: `(B, 3, H, W)` context frame.
+        fine: Its fine features.
+        coarse: Its coarse features.
+        proprio: `(B, 2, 8)` readings before and at the context frame.
+        actions: `(B, L, 7)` actions since, zeros where none was taken yet.
+        steps: `(B,)` int64, how many were taken.
+        last_frame: `(B, 3, H, W)` the latest frame.
+        last_proprio: `(B, 2, 8)` the latest two readings.
+    """
+
+    frame: Tensor
+    fine: Tensor
+    coarse: Tensor
+    proprio: Tensor
+    actions: Tensor
+    steps: Tensor
+    last_frame: Tensor
+    last_proprio: Tensor
+
+
+class LatentWorld:
+    """A frozen `LatentWorldModel` behind the `World` protocol.
+
+    Args:
+        model: The network.
+        name: Name shown in reports and errors.
+        device: Where to run it.
+        dtype: `"float32"`, or `"bfloat16"` for the matrix products inside the networks.
+
+    Raises:
+        ValueError: Unknown dtype.
+    """
+
+    proprio_source = "learned"
+    context = READINGS
+
+    def __init__(
+        self,
+        model: LatentWorldModel,
+        *,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r}: allowed are {sorted(_DTYPES)}")
+        self.name = name
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        size = model.config.tokenizer.image_size
+        self.image_size = (size, size)
+        self.horizon = model.config.dynamics.horizon
+        self._autocast = dtype == "bfloat16"
+
+    @torch.no_grad()
+    def start(self, frames: Tensor, proprio: Tensor) -> LatentState:
+        """State at the last of the context frames `(B, C, 3, H, W)` and readings `(B, C, 8)`."""
+        expected = (3, *self.image_size)
+        if frames.ndim != 5 or tuple(frames.shape[2:]) != expected:
+            raise ValueError(f"frames have shape {tuple(frames.shape)}, expected (B, C, *{expected})")
+        if proprio.shape[:2] != frames.shape[:2]:
+            raise ValueError(
+                f"proprio has shape {tuple(proprio.shape)}, frames {tuple(frames.shape)}: "
+                "B and C must agree"
+            )
+        frame = frames[:, -1].to(self.device, torch.float32)
+        readings = proprio.to(self.device, torch.float32)
+        readings = torch.stack([readings[:, max(-READINGS, -readings.shape[1])], readings[:, -1]], 1)
+        return self._anchor(frame, readings)
+
+    def _anchor(self, frame: Tensor, proprio: Tensor) -> LatentState:
+        batch = len(frame)
+        features = self._look(frame)
+        return LatentState(
+            frame=frame,
+            fine=features.fine,
+            coarse=features.coarse,
+            proprio=proprio,
+            actions=frame.new_zeros(batch, self.horizon, ACTION_DIM),
+            steps=torch.zeros(batch, dtype=torch.int64, device=self.device),
+            last_frame=frame,
+            last_proprio=proprio,
+        )
+
+    @torch.no_grad()
+    def step(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
+        """Advances every row by `T` control steps, `actions` `(B, T, 7)`."""
+        if actions.ndim != 3 or actions.shape[0] != len(state) or actions.shape[2] != ACTION_DIM:
+            raise ValueError(
+                f"actions have shape {tuple(actions.shape)}, expected ({len(state)}, T, {ACTION_DIM})"
+            )
+        actions = actions.to(self.device, torch.float32)
+        predictions: list[Prediction] = []
+        done = 0
+        while done < actions.shape[1]:
+            state = self._anchor_full_rows(state)
+            free = int((self.horizon - state.steps).min())
+            now = actions[:, done : done + free]
+            state, prediction = self._advance(state, now)
+            predictions.append(prediction)
+            done += now.shape[1]
+        if len(predictions) == 1:
+            return state, predictions[0]
+        return state, Prediction(
+            frames=torch.cat([p.frames for p in predictions], 1),
+            proprio=torch.cat([p.proprio for p in predictions], 1),
+        )
+
+    def select(self, state: LatentState, index: Tensor) -> LatentState:
+        """Rows `index` `(N,)` of a state, repeats allowed."""
+        return select_rows(state, index)
+
+    def _anchor_full_rows(self, state: LatentState) -> LatentState:
+        """Rows whose horizon is used up start anew from their latest frame."""
+        full = (state.steps == self.horizon).nonzero()[:, 0]
+        if not len(full):
+            return state
+        fresh = self._anchor(state.last_frame[full], state.last_proprio[full])
+        merged = {}
+        for name, value in state.tensors().items():
+            merged[name] = value.index_copy(0, full, fresh.tensors()[name])
+        return LatentState(**merged)
+
+    def _advance(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
+        """`T` steps that fit into every row's horizon."""
+        batch, count, _ = actions.shape
+        slots = state.steps[:, None] + torch.arange(count, device=self.device)
+        taken = state.actions.scatter(1, slots[:, :, None].expand(-1, -1, ACTION_DIM), actions)
+        parts = [
+            self._predict(select_rows(state, rows), taken[rows], slots[rows])
+            for rows in torch.arange(batch, device=self.device).split(_ROWS_PER_PASS)
+        ]
+        frames = torch.cat([p.frames for p in parts])
+        proprio = torch.cat([p.proprio for p in parts])
+        readings = torch.cat([state.last_proprio, proprio], 1)[:, -READINGS:]
+        advanced = LatentState(
+            frame=state.frame,
+            fine=state.fine,
+            coarse=state.coarse,
+            proprio=state.proprio,
+            actions=taken,
+            steps=state.steps + count,
+            last_frame=frames[:, -1],
+            last_proprio=readings,
+        )
+        return advanced, Prediction(frames=frames, proprio=proprio)
+
+    def _predict(self, state: LatentState, actions: Tensor, slots: Tensor) -> Prediction:
+        """Frames and proprioception after the actions in `slots` `(b, T)`."""
+        batch, count = slots.shape
+        if batch == 1:
+            twice = torch.zeros(2, dtype=torch.int64, device=self.device)
+            both = self._predict(select_rows(state, twice), actions[twice], slots[twice])
+            return Prediction(both.frames[:1], both.proprio[:1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            latents, proprio = self.model.dynamics(state.coarse, state.proprio, actions)
+            rows = torch.arange(batch, device=self.device)[:, None]
+            frames = self.model.tokenizer.decode(
+                latents[rows, slots].flatten(0, 1),
+                Features(state.fine, state.coarse).repeat(count),
+                state.frame.repeat_interleave(count, 0),
+            )
+        return Prediction(
+            frames=frames.clamp(0, 1).view(batch, count, *frames.shape[1:]),
+            proprio=proprio[rows, slots],
+        )
+
+    def _look(self, frames: Tensor) -> Features:
+        if len(frames) == 1:
+            features = self._look(frames.expand(2, -1, -1, -1))
+            return Features(features.fine[:1], features.coarse[:1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            parts = [self.model.tokenizer.look(part) for part in frames.split(_ROWS_PER_PASS)]
+        return Features(
+            torch.cat([p.fine for p in parts]).float(), torch.cat([p.coarse for p in parts]).float()
+        )

@@ -1,0 +1,366 @@
+"""Trains the small world on recorded demonstrations.
+
+One command for a laptop and for several GPUs (`torchrun`). What optimizer step `s` sees depends on
+the seed and `s` alone, so a run that was killed goes on to the same numbers, and the number of
+processes changes them only by rounding. The weights that are evaluated and kept are an exponential
+moving average. Held-out initial states are never read here; what is reported while training comes
+from episodes of `validation_states`.
+
+This file and `wmgym.worlds.evaluate` are the commands of this room and the only ones in it that look
+beyond it, at LPIPS in `wmgym.rewards`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import wmgym
+from wmgym.data import FrameCache, LeRobotDataset, WindowSampler
+from wmgym.data.episodes import EpisodeInfo
+from wmgym.distributed import Processes, processes
+from wmgym.rewards.perceptual import LPIPS
+from wmgym.worlds.checkpoints import load_model, save_world, world_folder
+from wmgym.worlds.dynamics import READINGS
+from wmgym.worlds.latent_world import LatentWorldConfig, LatentWorldModel
+from wmgym.worlds.metrics import psnr
+from wmgym.worlds.objective import Batch, LossWeights, Objective
+
+logger = logging.getLogger(__name__)
+
+_TARGETS = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a world is trained.
+
+    Attributes:
+        data: Folders of LeRobot v3 datasets.
+        out: Folder of the run: checkpoints, log, and the world in `world/`.
+        world: Shape of the network.
+        init_from: World to go on from (shipped name or folder) instead of random weights; its shape
+            replaces `world`.
+        steps: Optimizer steps.
+        batch_size: Windows per step, over all processes.
+        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
+        warmup: Steps of linear warm-up.
+        weight_decay: Of AdamW, on matrices only.
+        clip: Largest norm of the gradient.
+        ema: Decay of the moving average of the weights.
+        loss: Weights of the loss.
+        validation_states: Initial states kept apart to watch progress.
+        validation_windows: Windows in a validation.
+        validate_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        seed: Seed of the weights and of the windows.
+        device: "auto", "cpu" or "cuda".
+        bfloat16: Matrix products in bfloat16.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    world: LatentWorldConfig = field(default_factory=LatentWorldConfig)
+    init_from: str | None = None
+    steps: int = 20_000
+    batch_size: int = 16
+    learning_rate: float = 6e-4
+    warmup: int = 500
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    loss: LossWeights = field(default_factory=LossWeights)
+    validation_states: tuple[int, ...] = (25,)
+    validation_windows: int = 64
+    validate_every: int = 1000
+    save_every: int = 250
+    seed: int = 0
+    device: str = "auto"
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty: name at least one dataset folder")
+        if min(self.steps, self.batch_size, self.save_every, self.validate_every) < 1:
+            raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step `step`, counted from 0."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+class Windows:
+    """Batches of the objective out of a frame cache."""
+
+    def __init__(self, cache: FrameCache, horizon: int, seed: int, device: torch.device) -> None:
+        self.sampler = WindowSampler(cache, horizon=horizon, context=READINGS, seed=seed)
+        self.horizon, self.seed, self.device = horizon, seed, device
+
+    def batch(self, step: int, size: int, where: Processes) -> Batch:
+        """This process's share of the batch of a step."""
+        rng = np.random.default_rng([self.seed, step, 2])
+        count = min(_TARGETS, self.horizon)
+        offsets = np.sort(rng.choice(self.horizon, size=count, replace=False)) + 1
+        rows = self.sampler.indices(step, size)[where.rank :: where.size]
+        return self.gather(rows, tuple(int(k) for k in offsets))
+
+    def gather(self, rows: NDArray[np.int64], offsets: tuple[int, ...]) -> Batch:
+        """The windows `rows` with the future frames `offsets` (from 1)."""
+        window = self.sampler.gather(rows, np.tile(offsets, (len(rows), 1)))
+        frames = torch.from_numpy(window["frames"]).to(self.device)
+        frames = frames.permute(0, 1, 4, 2, 3).float() / 255
+        proprio = torch.from_numpy(window["proprio"]).to(self.device)
+        return Batch(
+            context=frames[:, READINGS - 1],
+            targets=frames[:, READINGS:],
+            offsets=offsets,
+            proprio=proprio[:, :READINGS],
+            future_proprio=proprio[:, READINGS:],
+            actions=torch.from_numpy(window["actions"]).to(self.device),
+        )
+
+
+@dataclass
+class Run:
+    """Everything that is checkpointed."""
+
+    model: LatentWorldModel
+    average: LatentWorldModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, entirely or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(path)
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Goes back to a checkpoint."""
+        state = torch.load(path, map_location=device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Run:
+    """A run before its first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.init_from is not None:
+            model = load_model(world_folder(config.init_from))
+        else:
+            model = LatentWorldModel(config.world)
+            _fit_scales(model, cache)
+    average = LatentWorldModel(model.config)
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    model.to(device)
+    average.to(device)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+    )
+    return Run(model, average, optimizer)
+
+
+def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
+    """Units of the proprioception: its mean and spread, and the spread of its change per step."""
+    proprio = torch.from_numpy(np.asarray(cache.proprio))
+    inside = torch.ones(len(proprio) - 1, dtype=torch.bool)
+    inside[torch.from_numpy(cache.starts[1:-1] - 1)] = False
+    change = (proprio[1:] - proprio[:-1])[inside]
+    dynamics = model.dynamics
+    dynamics.get_buffer("proprio_mean").copy_(proprio.mean(0))
+    dynamics.get_buffer("proprio_std").copy_(proprio.std(0).clamp_min(1e-4))
+    dynamics.get_buffer("change_std").copy_(change.std(0).clamp_min(1e-5))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the averaged weights towards the current ones; buffers are copied."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
+        mean.copy_(value)
+
+
+@torch.no_grad()
+def validate(model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: TrainConfig) -> dict:
+    """PSNR and LPIPS of the imagined last frame of evenly spread windows, beside copying."""
+    count = min(config.validation_windows, len(windows.sampler))
+    rows = np.linspace(0, len(windows.sampler) - 1, count).astype(np.int64)
+    figures: dict[str, list[Tensor]] = {"psnr": [], "copy_psnr": [], "lpips": [], "copy_lpips": []}
+    model.eval()
+    for part in np.array_split(rows, math.ceil(count / 16)):
+        batch = windows.gather(part, (windows.horizon,))
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=config.bfloat16):
+            context = model.tokenizer.look(batch.context)
+            latents, _ = model.dynamics(context.coarse, batch.proprio, batch.actions)
+            drawn = model.tokenizer.decode(latents[:, -1], context, batch.context)
+        target = batch.targets[:, -1]
+        figures["psnr"].append(psnr(drawn.clamp(0, 1), target))
+        figures["copy_psnr"].append(psnr(batch.context, target))
+        figures["lpips"].append(lpips(drawn.clamp(0, 1), target))
+        figures["copy_lpips"].append(lpips(batch.context, target))
+    model.train()
+    return {name: round(float(torch.cat(parts).mean()), 4) for name, parts in figures.items()}
+
+
+class _Log:
+    """Figures to `log.jsonl`, and to TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "log.jsonl").open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board: Any = SummaryWriter(str(folder))
+        except ImportError:
+            self._board = None
+            logger.info("no TensorBoard log: pip install 'wmgym[train]'")
+
+    def write(self, step: int, group: str, figures: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> Path:
+    """Trains a world, or goes on with a run that was interrupted.
+
+    Args:
+        config: How to train.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Folder of the finished world, `config.out / "world"`.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    with processes(config.device) as here:
+        train_cache, validation_cache = _caches(config, here)
+        run = new_run(config, train_cache, here.device)
+        checkpoint = config.out / "checkpoint.pt"
+        if checkpoint.exists():
+            run.load(checkpoint, here.device)
+            logger.info("going on from step %d of %s", run.step, checkpoint)
+        lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
+        objective: nn.Module = Objective(run.model, config.loss, lpips)
+        if here.size > 1:
+            objective = DistributedDataParallel(objective)
+        horizon = run.model.config.dynamics.horizon
+        windows = Windows(train_cache, horizon, config.seed, here.device)
+        held = Windows(validation_cache, horizon, config.seed, here.device)
+        log = _Log(config.out) if here.main else None
+        bar = tqdm(total=config.steps, initial=run.step, disable=not (progress and here.main))
+        began = time.monotonic()
+        while run.step < config.steps:
+            figures = _step(run, objective, windows, config, here)
+            bar.update()
+            step = run.step
+            if log is not None and (step % 50 == 0 or step == 1):
+                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
+                bar.set_postfix(l1=f"{figures['imagined_l1']:.4f}")
+            last = step == config.steps
+            if log is not None and (step % config.validate_every == 0 or last):
+                scores = validate(run.average, held, lpips, config)
+                log.write(step, "validation", scores)
+                bar.write(f"step {step}: {scores}")
+            if here.main and (step % config.save_every == 0 or last):
+                run.save(checkpoint)
+                _keep(config, run)
+            here.wait()
+        bar.close()
+    return config.out / "world"
+
+
+def _keep(config: TrainConfig, run: Run) -> None:
+    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    save_world(
+        config.out / "world",
+        run.average,
+        version=wmgym.__version__,
+        training={**described, "steps_done": run.step},
+    )
+
+
+def _caches(config: TrainConfig, here: Processes) -> tuple[FrameCache, FrameCache]:
+    """Decoded training and validation episodes; the main process decodes, the others open."""
+    datasets = [LeRobotDataset(folder) for folder in config.data]
+    parts = {
+        "train": lambda info: not (info.held_out or _validates(info, config)),
+        "validation": lambda info: _validates(info, config),
+    }
+    size = config.world.tokenizer.image_size
+    if here.main:
+        for name, chosen in parts.items():
+            FrameCache.build(
+                datasets,
+                config.out / "cache" / name,
+                image_size=(size, size),
+                episode_filter=chosen,
+            )
+    here.wait()
+    opened = [FrameCache.open(config.out / "cache" / name) for name in parts]
+    return opened[0], opened[1]
+
+
+def _validates(info: EpisodeInfo, config: TrainConfig) -> bool:
+    return info.init_state_id in config.validation_states
+
+
+def _step(
+    run: Run, objective: nn.Module, windows: Windows, config: TrainConfig, here: Processes
+) -> dict[str, float]:
+    """One optimizer step; returns the figures of the batch."""
+    rate = learning_rate(run.step, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    batch = windows.batch(run.step, config.batch_size, here)
+    with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
+        loss, terms = objective(batch)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient of step {run.step} is not finite (loss {float(loss)}); "
+            "lower learning_rate, or train with bfloat16=False"
+        )
+    run.optimizer.step()
+    run.step += 1
+    update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
+    figures = {name: float(here.mean(term)) for name, term in terms.items()}
+    return figures | {"gradient_norm": float(norm), "learning_rate": rate}
