@@ -1,9 +1,9 @@
 """The contract shared by `LIBERO-v0` and `WorldModel-LIBERO-v0`.
 
-Observation: `Dict(image uint8 (H, W, 3), proprio float32 (8,))`, optionally `wrist_image`. The image
-is the third-person camera turned by 180 degrees, as in the modified LIBERO RLDS data. Proprioception
-is end-effector position (3, metres), axis-angle orientation (3, radians) and the two gripper joint
-positions (2, metres).
+Observation: `Dict(image uint8 (H, W, 3), proprio float32 (8,))`, optionally `wrist_image`. The
+image is the third-person camera turned by 180 degrees, as in the modified LIBERO RLDS data.
+Proprioception is end-effector position (3, metres), axis-angle orientation (3, radians) and the two
+gripper joint positions (2, metres).
 
 Action: `Box(-1, 1, (7,))` in LIBERO's convention: delta position (3), delta axis-angle (3), gripper
 (-1 opens, +1 closes); with `action_chunk=T`, `Box(-1, 1, (T, 7))`, and one step of the environment

@@ -5,8 +5,8 @@ the action, and enough of the simulator to put it back there. A `Dataset` hands 
 pieces of them by index. Readers (`wmgym.data.lerobot`) implement it; models and environments see
 only this.
 
-Shapes: `N` steps in an episode, images `(N, H, W, 3)` uint8 turned by 180 degrees as in the modified
-LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` in [-1, 1].
+Shapes: `N` steps in an episode, images `(N, H, W, 3)` uint8 turned by 180 degrees as in the
+modified LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` in [-1, 1].
 """
 
 from __future__ import annotations

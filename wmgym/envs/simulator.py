@@ -207,9 +207,7 @@ class Simulator:
         """Flattened MuJoCo state `[time, qpos, qvel]`."""
         return np.asarray(self._env.sim.get_state().flatten(), np.float64)
 
-    def set_state(
-        self, state: NDArray[np.float64], fixtures: Fixtures | None = None
-    ) -> None:
+    def set_state(self, state: NDArray[np.float64], fixtures: Fixtures | None = None) -> None:
         """Restores a state, and the fixtures' poses if given; the controller holds where it is."""
         expected = 1 + self.model.nq + self.model.nv
         if np.shape(state) != (expected,):
@@ -234,7 +232,10 @@ class Simulator:
         poses = {}
         for name in self._env.fixtures_dict:
             body = self._fixture_body(name)
-            poses[name] = [*self.model.body_pos[body].tolist(), *self.model.body_quat[body].tolist()]
+            poses[name] = [
+                *self.model.body_pos[body].tolist(),
+                *self.model.body_quat[body].tolist(),
+            ]
         return poses
 
     def _fixture_body(self, name: str) -> int:
@@ -264,9 +265,9 @@ class Simulator:
     def _sync(self) -> None:
         """Brings positions of bodies and sites up to date with the joints.
 
-        MuJoCo leaves them one substep (2 ms) behind after a step, and LIBERO's own observations show
-        that. Here an observation is a function of the state alone, and a replayed state gives the
-        recorded one. Dynamics don't see the difference: they start from the joints.
+        MuJoCo leaves them one substep (2 ms) behind after a step, and LIBERO's own observations
+        show that. Here an observation is a function of the state alone, and a replayed state gives
+        the recorded one. Dynamics don't see the difference: they start from the joints.
         """
         mujoco = require("mujoco", "libero")
         mujoco.mj_kinematics(self.model, self.data)

@@ -1,7 +1,7 @@
 """`WorldModelVectorEnv`: robot control imagined by a frozen world model, batched on its device.
 
-Everything that changes lies in one `EnvState`. `reset` and the three automatic reset modes put fresh
-starts into some of its groups, `step` advances some of them by one chunk. Groups are the unit
+Everything that changes lies in one `EnvState`. `reset` and the three automatic reset modes put
+fresh starts into some of its groups, `step` advances some of them by one chunk. Groups are the unit
 because their rows share a start and a length: they begin and end together.
 
 Letters: `B` environments, `N` groups, `G = B / N` members, `T` control steps of a step.

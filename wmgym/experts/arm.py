@@ -95,7 +95,7 @@ class Arm:
     @property
     def attempts(self) -> int:
         """How often a skill may try."""
-        return 1 if self.config.give_up else 3
+        return 1 if self.config.give_up else 4
 
     def vary(self, low: float, high: float) -> float:
         """A uniform draw, or 0 without jitter."""
@@ -189,20 +189,21 @@ class Arm:
             self.phase = phase
             yield self._action(gain * error, turn, grip, vmax)
 
-    def rise(self, phase: Phase, height: float, grip: float, **limits: float) -> Motion:
+    def rise(
+        self, phase: Phase, height: float, grip: float, *, tol: float = 0.02, steps: int = 60
+    ) -> Motion:
         """Moves up to a height, and inwards where the arm would not reach.
 
         Args:
             phase: Name of the motion.
             height: Wanted height of the tip, metres.
             grip: `OPEN` or `CLOSE`.
-            **limits: `steps`, `tol` and `vmax` of `move`.
+            tol: As for `move`.
+            steps: As for `move`.
         """
         x, y, _ = self.scene.tip
-        top = self.drawn_in(np.array([x, y, height]))
-        limits = {"tol": 0.02, "steps": 60, **limits}
-        frame = self.scene.tip_frame
-        yield from self.move(phase, lambda: (top, frame), grip, rtol=ANY, **limits)  # type: ignore[arg-type]
+        top, frame = self.drawn_in(np.array([x, y, height])), self.scene.tip_frame
+        yield from self.move(phase, lambda: (top, frame), grip, tol=tol, rtol=ANY, steps=steps)
 
     def hold(self, phase: Phase, steps: int, grip: float) -> Motion:
         """Stays where it is."""

@@ -147,7 +147,7 @@ def _twist(arm: Arm, knob: str) -> Motion:
 def push_to(arm: Arm, predicate: Sequence[str]) -> Skill:
     """Pushes a plate from inside its rim with closed fingers: `on <plate> <region>`."""
     _, name, region = predicate
-    for _ in range(arm.attempts + 1):
+    for _ in range(arm.attempts):
         yield from _push(arm, name, arm.scene.site(region)[:2])
         if arm.scene.holds(predicate):
             return True

@@ -2,10 +2,10 @@
 
 A suite is a fixed list of takes: so many of every task from training initial states, some from the
 held-out ones, and some that are meant to miss their grasp. A take is a pure function of its
-description: it tries seeds until LIBERO's own success check holds at the end of the motion (the last
-try is kept as a labelled failure). Physics runs first and only what is kept is rendered, from the
-stored states. Workers stage finished takes one by one; when all are there they are assembled in the
-order of the list. A killed recording therefore resumes, and ends in the same dataset.
+description: it tries seeds until LIBERO's own success check holds at the end of the motion (the
+last try is kept as a labelled failure). Physics runs first and only what is kept is rendered, from
+the stored states. Workers stage finished takes one by one; when all are there they are assembled in
+the order of the list. A killed recording therefore resumes, and ends in the same dataset.
 
 A world model needs to see what a policy under training will do, not only what an expert does. The
 executed action is the expert's plus Ornstein-Uhlenbeck noise, with bursts of random motion (and
@@ -214,8 +214,8 @@ def _attempt(
 def record_take(simulator: Simulator, take: Take, config: RecordConfig) -> Episode:
     """Runs a take until it is accepted, then renders it.
 
-    A take that shall miss is accepted when it fails, any other when it succeeds; the last attempt is
-    kept either way, with its label.
+    A take that shall miss is accepted when it fails, any other when it succeeds; the last attempt
+    is kept either way, with its label.
     """
     for attempt in range(config.attempts):
         run, info = _attempt(simulator, take, config, attempt)

@@ -93,10 +93,6 @@ class Scene:
         """Origin of an object's or fixture's body `(3,)`."""
         return self._data.xpos[self._problem.obj_body_id[name]].copy()
 
-    def frame(self, name: str) -> Array:
-        """Orientation of an object's or fixture's body `(3, 3)`."""
-        return self._data.xmat[self._problem.obj_body_id[name]].reshape(3, 3).copy()
-
     def target(self, name: str) -> Array:
         """Where a goal region or a supporting object is `(3,)`: object origin or site centre."""
         return self.position(name) if name in self.objects else self.site(name)

@@ -78,7 +78,7 @@ def _approach(arm: Arm, name: str, grasp: Grasp, error: Array) -> Motion:
     if scene.tip[2] < safe - 0.02:
         yield from arm.rise("transit", safe, OPEN, steps=120)
     yield from arm.move("transit", above, OPEN, tol=0.012, rtol=0.08, stall=25)
-    yield from arm.move("approach", lambda: away(0.05), OPEN)
+    yield from arm.move("approach", lambda: away(0.05), OPEN, stall=25)
     yield from arm.move("approach", at, OPEN, tol=0.004, steps=40, vmax=0.35, stall=6)
 
 

@@ -6,13 +6,14 @@ its place, and so on for as long as one likes.
 
 Exactness. A pass always covers the whole horizon with the actions so far, attention is causal, and
 frames are drawn one by one from the context, so that a chunk asked for at once and step by step is
-the same up to the rounding of the matrix products. Rows never mix. A single row is computed as two
-equal ones, because matrix products of one row sum in another order than those of many.
+the same up to the rounding of the matrix products. Rows never mix, and those that are at different
+steps are computed apart. A single row is computed as two equal ones, because matrix products of one
+row sum in another order than those of many.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ class LatentWorldConfig:
         dynamics: Shape of the dynamics.
     """
 
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    dynamics: DynamicsConfig = DynamicsConfig()
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
 
 
 class LatentWorldModel(nn.Module):
@@ -118,7 +119,9 @@ class LatentWorld:
         """State at the last of the context frames `(B, C, 3, H, W)` and readings `(B, C, 8)`."""
         expected = (3, *self.image_size)
         if frames.ndim != 5 or tuple(frames.shape[2:]) != expected:
-            raise ValueError(f"frames have shape {tuple(frames.shape)}, expected (B, C, *{expected})")
+            raise ValueError(
+                f"frames have shape {tuple(frames.shape)}, expected (B, C, *{expected})"
+            )
         if proprio.shape[:2] != frames.shape[:2]:
             raise ValueError(
                 f"proprio has shape {tuple(proprio.shape)}, frames {tuple(frames.shape)}: "
@@ -126,7 +129,9 @@ class LatentWorld:
             )
         frame = frames[:, -1].to(self.device, torch.float32)
         readings = proprio.to(self.device, torch.float32)
-        readings = torch.stack([readings[:, max(-READINGS, -readings.shape[1])], readings[:, -1]], 1)
+        readings = torch.stack(
+            [readings[:, max(-READINGS, -readings.shape[1])], readings[:, -1]], 1
+        )
         return self._anchor(frame, readings)
 
     def _anchor(self, frame: Tensor, proprio: Tensor) -> LatentState:
@@ -148,39 +153,60 @@ class LatentWorld:
         """Advances every row by `T` control steps, `actions` `(B, T, 7)`."""
         if actions.ndim != 3 or actions.shape[0] != len(state) or actions.shape[2] != ACTION_DIM:
             raise ValueError(
-                f"actions have shape {tuple(actions.shape)}, expected ({len(state)}, T, {ACTION_DIM})"
+                f"actions have shape {tuple(actions.shape)}, "
+                f"expected ({len(state)}, T, {ACTION_DIM})"
             )
         actions = actions.to(self.device, torch.float32)
+        groups = [(state.steps == k).nonzero()[:, 0] for k in state.steps.unique()]
+        if len(groups) == 1:
+            return self._step_together(state, actions)
+        parts = [self._step_together(select_rows(state, rows), actions[rows]) for rows in groups]
+        back = torch.cat(groups).argsort()
+        joined = {
+            name: torch.cat([part.tensors()[name] for part, _ in parts])[back]
+            for name in state.tensors()
+        }
+        return LatentState(**joined), Prediction(
+            frames=torch.cat([p.frames for _, p in parts])[back],
+            proprio=torch.cat([p.proprio for _, p in parts])[back],
+        )
+
+    def _step_together(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
+        """Steps rows that have taken equally many steps, so that all need a new context at once."""
         predictions: list[Prediction] = []
-        done = 0
+        taken, done = int(state.steps[0]), 0
         while done < actions.shape[1]:
-            state = self._anchor_full_rows(state)
-            free = int((self.horizon - state.steps).min())
-            now = actions[:, done : done + free]
+            if taken == self.horizon:
+                state, taken = self._anchor(state.last_frame, state.last_proprio), 0
+            now = actions[:, done : done + self.horizon - taken]
             state, prediction = self._advance(state, now)
             predictions.append(prediction)
-            done += now.shape[1]
-        if len(predictions) == 1:
-            return state, predictions[0]
+            done, taken = done + now.shape[1], taken + now.shape[1]
         return state, Prediction(
             frames=torch.cat([p.frames for p in predictions], 1),
             proprio=torch.cat([p.proprio for p in predictions], 1),
         )
 
+    @torch.no_grad()
+    def redraw(self, context: Tensor, frames: Tensor) -> Tensor:
+        """Frames `(B, T, 3, H, W)` as the tokenizer redraws them given context `(B, 3, H, W)`.
+
+        This is the best the dynamics could do: the latents are those of the frames themselves.
+        """
+        batch, count = frames.shape[:2]
+        tokenizer = self.model.tokenizer
+        context = context.to(self.device, torch.float32)
+        seen = self._look(context).repeat(count)
+        own = self._look(frames.to(self.device, torch.float32).flatten(0, 1))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            drawn = tokenizer.decode(
+                tokenizer.encode(own, seen), seen, context.repeat_interleave(count, 0)
+            )
+        return drawn.clamp(0, 1).view(batch, count, *drawn.shape[1:])
+
     def select(self, state: LatentState, index: Tensor) -> LatentState:
         """Rows `index` `(N,)` of a state, repeats allowed."""
         return select_rows(state, index)
-
-    def _anchor_full_rows(self, state: LatentState) -> LatentState:
-        """Rows whose horizon is used up start anew from their latest frame."""
-        full = (state.steps == self.horizon).nonzero()[:, 0]
-        if not len(full):
-            return state
-        fresh = self._anchor(state.last_frame[full], state.last_proprio[full])
-        merged = {}
-        for name, value in state.tensors().items():
-            merged[name] = value.index_copy(0, full, fresh.tensors()[name])
-        return LatentState(**merged)
 
     def _advance(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
         """`T` steps that fit into every row's horizon."""

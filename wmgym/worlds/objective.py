@@ -1,16 +1,16 @@
 """What the small world is trained for.
 
-For windows of one context frame, `T` actions and the frames they lead to, at two of the future steps
-(the same for the whole batch, drawn anew every step):
+For windows of one context frame, `T` actions and the frames they lead to, at two of the future
+steps (the same for the whole batch, drawn anew every step):
 
     loss = draw(decode(dynamics(x, a)), y) + draw(decode(encode(y | x)), y)
            + w_latent |dynamics(x, a) - encode(y | x)|^2 + w_proprio |proprioception error|
 
     draw(y', y) = mean(m |y' - y|) / mean(m) + w_lpips LPIPS(y', y),   m = 1 + w_motion |y - x|
 
-Most pixels stay as they were, and a plain L1 loss is content with copying; `m` makes those that move
-count. The second term teaches the tokenizer, which sees the frame it has to draw, and through it the
-decoder; the third tells the dynamics what the tokenizer would have said.
+Most pixels stay as they were, and a plain L1 loss is content with copying; `m` makes those that
+move count. The second term teaches the tokenizer, which sees the frame it has to draw, and through
+it the decoder; the third tells the dynamics what the tokenizer would have said.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class Objective(nn.Module):
             ),
             "redrawn_l1": self._pixels(redrawn, target, batch.context),
             "latent": latent_distance(chosen[:, -1], encoded),
-            "proprio": F.l1_loss(
-                proprio / change_std, batch.future_proprio[:, :last] / change_std
-            ),
+            "proprio": F.l1_loss(proprio / change_std, batch.future_proprio[:, :last] / change_std),
         }
         last_imagined = imagined.unflatten(0, (-1, count))[:, -1]
         perceptual = self.lpips(

@@ -1,9 +1,9 @@
 """A frame as a few numbers, given a frame that came before it.
 
 Most of a robot's camera picture is where it was a moment ago. The tokenizer therefore describes a
-frame `y` by `S` short vectors `z = encode(y | x)` relative to a context frame `x`, and redraws it as
-`decode(z | x)`: for every pixel a place in the context frame to copy from (a flow), a colour of its
-own, and three weights that choose between staying, copying and painting,
+frame `y` by `S` short vectors `z = encode(y | x)` relative to a context frame `x`, and redraws it
+as `decode(z | x)`: for every pixel a place in the context frame to copy from (a flow), a colour of
+its own, and three weights that choose between staying, copying and painting,
 
     y = w_stay * x + w_move * warp(x, flow) + w_paint * colour,   w = softmax(logits).
 

@@ -6,8 +6,8 @@ processes changes them only by rounding. The weights that are evaluated and kept
 moving average. Held-out initial states are never read here; what is reported while training comes
 from episodes of `validation_states`.
 
-This file and `wmgym.worlds.evaluate` are the commands of this room and the only ones in it that look
-beyond it, at LPIPS in `wmgym.rewards`.
+This file and `wmgym.worlds.evaluate` are the commands of this room and the only ones in it that
+look beyond it, at LPIPS in `wmgym.rewards`.
 """
 
 from __future__ import annotations
@@ -209,10 +209,10 @@ def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves the averaged weights towards the current ones; buffers are copied."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
-    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
-        mean.copy_(value)
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
 
 
 @torch.no_grad()

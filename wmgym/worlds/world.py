@@ -33,6 +33,7 @@ class WorldState:
 
 
 StateT = TypeVar("StateT", bound=WorldState)
+"""A world's own type of state."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Prediction:
 
 
 @runtime_checkable
-class World(Protocol):
+class World(Protocol[StateT]):
     """A frozen world model.
 
     Attributes:
@@ -68,7 +69,7 @@ class World(Protocol):
     proprio_source: str
     device: torch.device
 
-    def start(self, frames: Tensor, proprio: Tensor) -> WorldState:
+    def start(self, frames: Tensor, proprio: Tensor) -> StateT:
         """State at the last context frame.
 
         Args:
@@ -77,7 +78,7 @@ class World(Protocol):
         """
         ...
 
-    def step(self, state: WorldState, actions: Tensor) -> tuple[WorldState, Prediction]:
+    def step(self, state: StateT, actions: Tensor) -> tuple[StateT, Prediction]:
         """Advances every row by `T` control steps.
 
         Args:
@@ -86,7 +87,7 @@ class World(Protocol):
         """
         ...
 
-    def select(self, state: WorldState, index: Tensor) -> WorldState:
+    def select(self, state: StateT, index: Tensor) -> StateT:
         """Rows `index` `(N,)` of a state, repeats allowed."""
         ...
 

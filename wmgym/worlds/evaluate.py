@@ -1,0 +1,162 @@
+"""How good a world's pictures are: open loop, on episodes it has never seen.
+
+From random frames of held-out episodes the world imagines `T` control steps under the recorded
+actions. Each imagined frame is compared with the recorded one by MSE, PSNR, SSIM and LPIPS, beside
+two bounds: copying the context frame (what a world must beat) and the tokenizer's own redrawing of
+the recorded frame (what the dynamics could reach at best).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from wmgym.data import LeRobotDataset
+from wmgym.rewards.perceptual import LPIPS
+from wmgym.worlds.latent_world import LatentWorld
+from wmgym.worlds.metrics import mse, psnr, ssim
+
+METRICS = ("mse", "psnr", "ssim", "lpips")
+_BATCH = 8
+
+
+def held_out_starts(dataset: LeRobotDataset, horizon: int, count: int, seed: int) -> list[tuple]:
+    """`count` random `(episode_id, t)` of held-out episodes with `horizon` steps left, sorted.
+
+    Raises:
+        ValueError: The dataset has no held-out episode that long.
+    """
+    places = [
+        (info.episode_id, t)
+        for info in dataset.episodes
+        if info.held_out
+        for t in range(info.length - horizon)
+    ]
+    if not places:
+        raise ValueError(f"{dataset.root} has no held-out episode longer than {horizon} steps")
+    chosen = np.random.default_rng(seed).choice(
+        len(places), size=min(count, len(places)), replace=False
+    )
+    return [places[i] for i in sorted(chosen)]
+
+
+def read_windows(
+    dataset: LeRobotDataset, places: Sequence[tuple[int, int]], horizon: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames `(B, 1 + T, 3, H, W)` in [0, 1], proprio `(B, 2 + T, 8)`, actions `(B, T, 7)`.
+
+    The frames and all but the first proprioceptive reading start at `t`; that first one is from
+    `t - 1`, or `t` at the start of the episode.
+    """
+    frames, proprio, actions = [], [], []
+    for episode_id, t in places:
+        piece = dataset.read(episode_id, max(t - 1, 0), t + horizon + 1)
+        lead = min(t, 1)
+        frames.append(piece.images[lead:])
+        proprio.append(np.concatenate([piece.proprio[:1], piece.proprio[lead:]]))
+        actions.append(piece.actions[lead : lead + horizon])
+    return _images(np.stack(frames)), _tensor(proprio), _tensor(actions)
+
+
+def _images(frames: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(frames).movedim(-1, -3).float() / 255
+
+
+def _tensor(arrays: list[NDArray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def compare(drawn: Tensor, real: Tensor, lpips: LPIPS) -> dict[str, Tensor]:
+    """Every metric of `(N, 3, H, W)` pictures against real ones, `(N,)` each."""
+    return {
+        "mse": mse(drawn, real),
+        "psnr": psnr(drawn, real),
+        "ssim": ssim(drawn, real),
+        "lpips": lpips(drawn, real),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    world: LatentWorld,
+    datasets: Sequence[str | Path],
+    *,
+    windows: int = 200,
+    horizon: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores a world on held-out episodes.
+
+    Args:
+        world: The world.
+        datasets: Folders of LeRobot v3 datasets with held-out initial states.
+        windows: Windows per dataset.
+        horizon: Control steps imagined open loop.
+        seed: Seed of the choice of windows.
+        progress: Show a progress bar.
+
+    Returns:
+        Means over everything under `mse`, `psnr`, `ssim`, `lpips`, the same with `copy_` and
+        `tokenizer_` in front, the error of the predicted position of the end effector in
+        millimetres; `per_step` with lists of `horizon` of each, and `datasets` with the means of
+        each dataset.
+    """
+    lpips = LPIPS()
+    everything: dict[str, list[Tensor]] = defaultdict(list)
+    by_dataset: dict[str, Any] = {}
+    for folder in datasets:
+        dataset = LeRobotDataset(folder)
+        places = held_out_starts(dataset, horizon, windows, seed)
+        scores: dict[str, list[Tensor]] = defaultdict(list)
+        batches = [places[i : i + _BATCH] for i in range(0, len(places), _BATCH)]
+        for batch in tqdm(batches, desc=dataset.root.name, disable=not progress):
+            for name, values in _score(world, dataset, batch, horizon, lpips).items():
+                scores[name].append(values)
+        by_dataset[dataset.root.name] = {"windows": len(places), **_means(scores)}
+        for name, parts in scores.items():
+            everything[name] += parts
+    per_step = {name: _rounded(torch.cat(v).mean(0).tolist()) for name, v in everything.items()}
+    return {**_means(everything), "per_step": per_step, "datasets": by_dataset}
+
+
+def _score(
+    world: LatentWorld,
+    dataset: LeRobotDataset,
+    places: Sequence[tuple[int, int]],
+    horizon: int,
+    lpips: LPIPS,
+) -> dict[str, Tensor]:
+    """Every figure of a batch of windows, `(B, T)` each."""
+    frames, proprio, actions = read_windows(dataset, places, horizon)
+    context, real = frames[:, :1], frames[:, 1:].flatten(0, 1)
+    state = world.start(context.expand(-1, 2, -1, -1, -1), proprio[:, :2])
+    _, imagined = world.step(state, actions)
+    pictures = {
+        "": imagined.frames.flatten(0, 1),
+        "copy_": context.expand(-1, horizon, -1, -1, -1).flatten(0, 1),
+        "tokenizer_": world.redraw(context[:, 0], frames[:, 1:]).flatten(0, 1),
+    }
+    scores = {
+        prefix + name: values.view(-1, horizon)
+        for prefix, drawn in pictures.items()
+        for name, values in compare(drawn, real, lpips).items()
+    }
+    off = imagined.proprio[..., :3] - proprio[:, 2:, :3]
+    return {**scores, "position_error_mm": off.norm(dim=-1) * 1000}
+
+
+def _means(scores: dict[str, list[Tensor]]) -> dict[str, float]:
+    return {name: round(float(torch.cat(parts).mean()), 5) for name, parts in scores.items()}
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(v, 5) for v in values]
