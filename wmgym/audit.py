@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmgym.data import LeRobotDataset
-from wmgym.envs.simulator import Simulator
+from wmgym.envs.simulator import Simulator, gripper_command_after
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_distance
 from wmgym.worlds.evaluate import held_out_starts, read_windows
@@ -121,13 +121,14 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
     dataset = LeRobotDataset(start.dataset)
     info = dataset.episodes[start.episode_id]
     piece = dataset.read(start.episode_id, start.frame, start.frame + 1)
+    fingers = gripper_command_after(dataset.read_numbers(start.episode_id)[1][: start.frame])
     if piece.sim_states is None:
         raise ValueError(f"{start.dataset} stores no simulator states; an audit needs them")
     height, width = piece.images.shape[1:3]
     simulator = _simulator(info.suite, info.task_id, (height, width), config.fast_rendering)
     frames, proprio, objects = [], [], []
     for chunk in start.actions:
-        simulator.set_state(piece.sim_states[0], info.extra["fixtures"])
+        simulator.set_state(piece.sim_states[0], info.extra["fixtures"], fingers)
         for action in chunk:
             simulator.step(action)
             frames.append(simulator.render())

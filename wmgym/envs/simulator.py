@@ -68,6 +68,18 @@ def initial_states(suite: str, task_id: int) -> NDArray[np.float64]:
         return np.asarray(_benchmark(suite).get_task_init_states(task_id), np.float64)
 
 
+def gripper_command_after(actions: NDArray) -> float:
+    """`Simulator.gripper_command` after an episode's first actions `(t, 7)`.
+
+    An episode begins with the fingers sent open; robosuite then moves the command by 0.01 in each
+    of 25 substeps of an action, towards closed or open by the sign of its last entry.
+    """
+    command = -1.0
+    for direction in np.sign(np.asarray(actions)[..., -1]):
+        command = min(1.0, max(-1.0, command + 0.25 * float(direction)))
+    return command
+
+
 @contextlib.contextmanager
 def _global_numpy_seed(seed: int) -> Iterator[None]:
     """LIBERO places fixtures with NumPy's global generator: seed it here, and put it back."""
@@ -174,7 +186,8 @@ class Simulator:
                     f"{self.suite} task {self.task_id}: no valid object placement in "
                     f"{_MAX_PLACEMENTS} tries with seed {seed}; try another seed"
                 )
-        self.set_state(init_state)
+        self._put(init_state)
+        self.gripper_command = 0.0
         for _ in range(settle_steps):
             self.step(WAIT_ACTION)
 
@@ -207,17 +220,50 @@ class Simulator:
         """Flattened MuJoCo state `[time, qpos, qvel]`."""
         return np.asarray(self._env.sim.get_state().flatten(), np.float64)
 
-    def set_state(self, state: NDArray[np.float64], fixtures: Fixtures | None = None) -> None:
-        """Restores a state, and the fixtures' poses if given; the controller holds where it is."""
+    @property
+    def gripper_command(self) -> float:
+        """Where robosuite is sending the fingers: -1 open ... 1 closed.
+
+        An action moves it by at most 0.25, so it remembers the last eight. It is not part of
+        MuJoCo's state; see `gripper_command_after`.
+        """
+        return float(self._env.robots[0].gripper.current_action[-1])
+
+    @gripper_command.setter
+    def gripper_command(self, command: float) -> None:
+        self._env.robots[0].gripper.current_action = np.array([-command, command])
+
+    def set_state(
+        self,
+        state: NDArray[np.float64],
+        fixtures: Fixtures | None = None,
+        gripper_command: float | None = None,
+    ) -> None:
+        """Restores a state; what happens from there depends on nothing that was before.
+
+        Args:
+            state: `(S,)` state `[time, qpos, qvel]`.
+            fixtures: Poses of the fixtures; None leaves them where they are.
+            gripper_command: Where the fingers are being sent; None leaves it as it is.
+
+        Raises:
+            ValueError: The state has the wrong length for this task.
+        """
+        for name, pose in (fixtures or {}).items():
+            body = self._fixture_body(name)
+            self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
+        if gripper_command is not None:
+            self.gripper_command = gripper_command
+        self.data.qacc_warmstart[:] = 0
+        self._put(state)
+
+    def _put(self, state: NDArray[np.float64]) -> None:
         expected = 1 + self.model.nq + self.model.nv
         if np.shape(state) != (expected,):
             raise ValueError(
                 f"state has shape {np.shape(state)}, {self.suite} task {self.task_id} "
                 f"needs ({expected},)"
             )
-        for name, pose in (fixtures or {}).items():
-            body = self._fixture_body(name)
-            self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
         self._env.sim.set_state_from_flattened(np.asarray(state, np.float64))
         self._env.sim.forward()
         self._env._check_success()

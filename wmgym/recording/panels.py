@@ -129,7 +129,8 @@ class StepPicture:
         drawing.write(picture, (right, MARGIN + 18), counter, size=18, anchor="rs")
         if rewards:
             values = {"reward": rewards[-1], **terms}
-            text = "   ".join(f"{name} {value:.4f}" for name, value in values.items())
+            # Adding 0.0 turns a negative zero, as the reference earns it, into a plain one.
+            text = "   ".join(f"{name} {value + 0.0:.4f}" for name, value in values.items())
             drawing.write(picture, (right, self._axes[1] - 14), text, size=14, anchor="rs")
         drawing.draw_trace(
             picture,
