@@ -13,6 +13,7 @@ from a unit normal: half of it is a steady push, which carries the arm away, hal
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -78,10 +79,12 @@ class Start:
     frame: int
     actions: NDArray[np.float32]
 
-    @property
-    def name(self) -> str:
-        """Name of its file in the work folder."""
-        return f"{self.dataset.name}-{self.episode_id:05d}-{self.frame:04d}.npz"
+    def file(self, config: AuditConfig) -> Path:
+        """Where its real rollouts are kept: a name for each set of chunks and way to render."""
+        key = self.actions.tobytes() + bytes([config.fast_rendering])
+        digest = hashlib.sha256(key).hexdigest()[:12]
+        name = f"{self.dataset.name}-{self.episode_id:05d}-{self.frame:04d}-{digest}.npz"
+        return config.out / "real" / name
 
 
 def disturbed(
@@ -115,7 +118,7 @@ def _simulator(suite: str, task_id: int, size: tuple[int, int], fast: bool) -> S
 
 def _run_for_real(start: Start, config: AuditConfig) -> None:
     """Runs every chunk of a start in LIBERO and stores what the camera and the scene show."""
-    target = config.out / "real" / start.name
+    target = start.file(config)
     if target.exists():
         return
     dataset = LeRobotDataset(start.dataset)
@@ -194,7 +197,7 @@ def _compare(
     world: World, start: Start, config: AuditConfig, lpips: LPIPS
 ) -> dict[str, NDArray[np.float64]]:
     """Figures of the noisy chunks of one start, `(S,)` or `(S, T)` each."""
-    with np.load(config.out / "real" / start.name, allow_pickle=False) as real:
+    with np.load(start.file(config), allow_pickle=False) as real:
         real_frames = torch.from_numpy(real["frames"]).movedim(-1, -3).float() / 255
         real_tip, objects = real["proprio"][..., :3], real["objects"]
     dataset = LeRobotDataset(start.dataset)

@@ -51,9 +51,15 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 
     Args:
         device: `"auto"` (CUDA where there is some), `"cpu"` or `"cuda"`.
+
+    Raises:
+        ValueError: Another device, or CUDA where there is none.
     """
+    usable = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable[0]
+    if device not in usable:
+        raise ValueError(f"device={device!r}: allowed here are {['auto', *usable]}")
     if "RANK" not in os.environ:
         yield Processes(0, 1, torch.device(device))
         return

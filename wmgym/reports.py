@@ -60,3 +60,58 @@ def write_report(path: str | Path, figures: dict[str, Any], *, command: str, see
     part = path.with_suffix(".part")
     part.write_text(json.dumps({**figures, **origin}, indent=2) + "\n")
     part.replace(path)
+
+
+def quality_table(folder: str | Path) -> str:
+    """Markdown table of a world's `report.json`: the world between its two bounds, by dataset."""
+    report = json.loads((Path(folder) / "report.json").read_text())
+    rows = [
+        "| held-out windows of | frames | PSNR (dB) | SSIM | LPIPS | MSE |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    names = {"": "imagined", "copy_": "copy of the context frame", "tokenizer_": "tokenizer's own"}
+    for dataset, scores in report["datasets"].items():
+        for prefix, name in names.items():
+            rows.append(
+                f"| {dataset} | {name} | {scores[prefix + 'psnr']:.2f} | "
+                f"{scores[prefix + 'ssim']:.3f} | {scores[prefix + 'lpips']:.3f} | "
+                f"{scores[prefix + 'mse']:.5f} |"
+            )
+    return "\n".join(rows)
+
+
+def audit_table(folder: str | Path) -> str:
+    """Markdown table of a world's `audit.json`."""
+    report = json.loads((Path(folder) / "audit.json").read_text())
+    rows = (
+        ("Spearman of imagined and real R3, all chunks", f"{report['spearman_r3']:.3f}"),
+        ("the same within a start, mean", f"{report['spearman_r3_within']:.3f}"),
+        ("Spearman of imagined R2 and real R3", f"{report['spearman_r2']:.3f}"),
+        ("Spearman of imagined R3 and gripper displacement", f"{report['spearman_tip']:.3f}"),
+        (
+            f"Spearman of imagined R3 and object displacement "
+            f"({report['n_object_chunks']} chunks that move one)",
+            f"{report['spearman_object']:.3f}",
+        ),
+        ("pairs of chunks of one start ordered wrongly", f"{100 * report['pairs_wrong']:.1f} %"),
+    )
+    head = f"| {report['n_chunks']} chunks from {report['n_starts']} held-out starts | |"
+    return "\n".join([head, "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def speed_table(path: str | Path) -> str:
+    """Markdown table of a benchmark report."""
+    report = json.loads(Path(path).read_text())
+    split = ", ".join(f"{name} {100 * share:.0f} %" for name, share in report["split"].items())
+    rows = (
+        (
+            f"imagined, {report['num_envs']} environments, R3 and pixels",
+            report["imagined_steps_per_s"],
+        ),
+        ("`LIBERO-v0`, one camera, 128 px", report["libero_steps_per_s"]),
+        ("`LIBERO-v0`, the same with `fast_rendering`", report["libero_fast_steps_per_s"]),
+    )
+    lines = [f"| control steps per second | {report['machine']} |", "| --- | --- |"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in rows]
+    lines += [f"| ratio | {report['ratio']:.1f} |", f"| an imagined step is | {split} |"]
+    return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import av
 import gymnasium as gym
 import numpy as np
@@ -175,17 +177,18 @@ def test_ends_early_on_success_and_on_request(tmp_path):
 
 
 def test_streams_to_disk(tmp_path, monkeypatch):
-    held = []
+    pictures = []
     write = rollouts.VideoWriter.write
 
     def spy(self, frame):
         write(self, frame)
-        held.append(self.frames)
+        pictures.append(weakref.ref(frame))
+        assert sum(picture() is not None for picture in pictures) <= 2
 
     monkeypatch.setattr(rollouts.VideoWriter, "write", spy)
 
     def policy(observation, info):
-        written.append(len(held))
+        written.append(len(pictures))
         return info["reference_action"]
 
     written = []
@@ -225,8 +228,8 @@ def test_bad_requests(tmp_path):
     for wrong in ({"row": 1}, {"columns": 1}, {"max_steps": 0}, {"fps": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             record_rollout(make(), reference_policy, tmp_path / "x", **wrong)
+    mask = {"reset_mask": np.array([True])}
     with pytest.raises(ValueError, match="reset_mask"):
-        mask = {"reset_mask": np.array([True])}
         record_rollout(make(), reference_policy, tmp_path / "x", options=mask)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,6 +22,13 @@ def moving_bar(count, height=32, width=48):
         yield frame
 
 
+def write(path, frames, **kwargs):
+    with VideoWriter(path, **kwargs) as video:
+        for frame in frames:
+            video.write(frame)
+    return video.frames
+
+
 def decode(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -32,10 +39,7 @@ def decode(path):
 @pytest.mark.parametrize("size", [(32, 48), (33, 48), (32, 47), (31, 45)])
 def test_frames_come_back(tmp_path, size):
     path = tmp_path / "new folder" / "bar.mp4"
-    with VideoWriter(path, fps=12.5) as video:
-        for frame in moving_bar(9, *size):
-            video.write(frame)
-    assert video.frames == 9
+    assert write(path, moving_bar(9, *size), fps=12.5) == 9
     frames, fps = decode(path)
     height, width = size
     assert frames.shape == (9, height + height % 2, width + width % 2, 3)
@@ -49,20 +53,12 @@ def test_frames_come_back(tmp_path, size):
 
 
 def test_frames_are_not_kept(tmp_path):
-    alive = weakref.WeakSet()
-
-    class Tracked:
-        pass
-
-    most = 0
+    given, most = [], 0
     with VideoWriter(tmp_path / "long.mp4") as video:
         for frame in moving_bar(60):
-            token = Tracked()
-            weakref.finalize(frame, lambda t=token: None)
-            alive.add(token)
-            del token
             video.write(frame)
-            most = max(most, len(alive))
+            given.append(weakref.ref(frame))
+            most = max(most, sum(g() is not None for g in given))
         size = (tmp_path / "long.mp4.part").stat().st_size
     assert video.frames == 60
     assert most <= 2
@@ -72,11 +68,13 @@ def test_frames_are_not_kept(tmp_path):
 def test_an_exception_leaves_the_old_file(tmp_path):
     path = tmp_path / "bar.mp4"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="stop"), VideoWriter(path) as video:
-        for i, frame in enumerate(moving_bar(9)):
-            if i == 5:
-                raise RuntimeError("stop")
-            video.write(frame)
+
+    def fail():
+        yield from moving_bar(5)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write(path, fail())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -94,9 +92,7 @@ def test_a_kill_leaves_no_final_file(tmp_path):
     process = subprocess.run([sys.executable, "-c", code], check=False)
     assert process.returncode == -signal.SIGKILL
     assert not path.exists()
-    with VideoWriter(path) as video:
-        for frame in moving_bar(3):
-            video.write(frame)
+    write(path, moving_bar(3))
     assert len(decode(path)[0]) == 3
     assert list(tmp_path.iterdir()) == [path]
 
@@ -106,22 +102,18 @@ def test_refuses_what_is_no_video(tmp_path):
         VideoWriter(tmp_path / "bar.avi")
     with pytest.raises(ValueError, match="fps"):
         VideoWriter(tmp_path / "bar.mp4", fps=0)
-    with pytest.raises(ValueError, match="no frame"), VideoWriter(tmp_path / "bar.mp4"):
-        pass
+    with pytest.raises(ValueError, match="no frame"):
+        write(tmp_path / "bar.mp4", [])
     for wrong in (
         np.zeros((8, 8), np.uint8),
         np.zeros((8, 8, 4), np.uint8),
         np.zeros((8, 8, 3), np.float32),
         np.zeros((0, 8, 3), np.uint8),
     ):
-        with (
-            pytest.raises(ValueError, match="expected uint8"),
-            VideoWriter(tmp_path / "b.mp4") as v,
-        ):
-            v.write(wrong)
-    with pytest.raises(ValueError, match="first one"), VideoWriter(tmp_path / "b.mp4") as video:
-        video.write(np.zeros((16, 16, 3), np.uint8))
-        video.write(np.zeros((16, 18, 3), np.uint8))
+        with pytest.raises(ValueError, match="expected uint8"):
+            write(tmp_path / "b.mp4", [wrong])
+    with pytest.raises(ValueError, match="first one"):
+        write(tmp_path / "b.mp4", [*moving_bar(2), *moving_bar(1, width=50)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -42,6 +42,8 @@ InitStateTransform = Callable[
 SPLITS = ("all", "train", "held_out")
 OPTIONS = ("task_id", "init_state", "fixture_seed")
 
+_LARGEST_IMAGE = (480, 640)
+
 
 class LiberoEnv(gym.Env):
     """One LIBERO suite, `LIBERO-v0`: a task and an initial state per episode.
@@ -303,8 +305,13 @@ class LiberoEnv(gym.Env):
 
 def _image_size(size: int | tuple[int, int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"image_size={size!r}: expected pixels >= 1 or a pair (height, width)")
+    if len(pair) != 2 or any(
+        not 1 <= n <= largest for n, largest in zip(pair, _LARGEST_IMAGE, strict=True)
+    ):
+        raise ValueError(
+            f"image_size={size!r}: expected pixels or a pair (height, width), from 1 to "
+            f"{_LARGEST_IMAGE}, the frame buffer of LIBERO's scenes"
+        )
     return int(pair[0]), int(pair[1])
 
 

@@ -105,7 +105,7 @@ def takes(config: RecordConfig) -> list[Take]:
     """All takes of a recording, in the order of the finished dataset."""
     tasks = config.tasks or tuple(range(n_tasks(config.suite)))
     return [
-        Take(task, kind, k, (states[k % len(states)]))
+        Take(task, kind, k, states[k % len(states)])
         for task in tasks
         for kind, count, states in (
             ("train", config.episodes, _TRAINING_INIT_STATES),

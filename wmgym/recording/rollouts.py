@@ -143,12 +143,12 @@ def record_rollout(
     start = core.starts[row]
     chunk = math.prod((core.single_action_space.shape or ())[:-1])
     steps = start.steps if max_steps is None else min(start.steps, max_steps * chunk)
+    at = (lambda value: value) if single else (lambda value: value[row])
     tape = _Tape(start, steps, columns)
     terminated = truncated = False
     with VideoWriter(name.with_name(f"{name.name}.mp4"), fps) as video:
         while not (terminated or truncated or len(tape.rewards) == max_steps):
             observation, rewards, ends, cuts, info = env.step(policy(observation, info))
-            at = (lambda value: value) if single else (lambda value: value[row])
             terminated, truncated = bool(at(ends)), bool(at(cuts))
             assert core.last_step is not None
             terms = _terms(info if single else _row_info(info, row))

@@ -22,7 +22,7 @@ CELL_GAP = 6
 
 
 def strip_steps(steps: int, columns: int) -> list[int]:
-    """At most `columns` (>= 2) control steps to show: every k-th from the start (0), and the end."""
+    """At most `columns` >= 2 control steps to show: every k-th from the start, and the end."""
     stride = -(-steps // (columns - 1))
     return [*range(0, steps, stride), steps]
 

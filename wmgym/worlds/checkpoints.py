@@ -50,6 +50,7 @@ def save_world(
     }
     part = folder / f"{WEIGHTS}.part"
     save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)
     part.replace(folder / WEIGHTS)
     config = {"family": FAMILY, "world": dataclasses.asdict(model.config), **described}
     part = folder / f"{CONFIG}.part"
@@ -76,6 +77,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_shape(folder: Path) -> LatentWorldConfig:
+    """The shape of the network of a world's folder.
+
+    Raises:
+        CheckpointError: As in `read_config`, or the shape is not that of a world.
+    """
+    config = read_config(folder)
+    try:
+        shape = config["world"]
+        return LatentWorldConfig(
+            tokenizer=TokenizerConfig(**shape["tokenizer"]),
+            dynamics=DynamicsConfig(**shape["dynamics"]),
+        )
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise _foreign(folder, error) from None
+
+
 def load_model(folder: str | Path) -> LatentWorldModel:
     """The network of a world's folder, in float32 on the CPU.
 
@@ -83,19 +101,18 @@ def load_model(folder: str | Path) -> LatentWorldModel:
         CheckpointError: The folder is missing, damaged, or does not fit.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    try:
-        shape = config["world"]
-        model = LatentWorldModel(
-            LatentWorldConfig(
-                tokenizer=TokenizerConfig(**shape["tokenizer"]),
-                dynamics=DynamicsConfig(**shape["dynamics"]),
-            )
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} does not describe a world: {error}") from None
+    shape = read_shape(folder)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = LatentWorldModel(shape)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise _foreign(folder, error) from None
     load_weights(model, folder / WEIGHTS)
     return model
+
+
+def _foreign(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / CONFIG} does not describe a world: {error!r}")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -128,7 +145,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def shipped_worlds() -> list[str]:
     """Names of the worlds that ship with wmgym."""
-    return sorted(p.parent.name for p in asset_path("worlds").glob(f"*/{CONFIG}"))
+    return sorted(p.parent.name for p in asset_path().glob(f"worlds/*/{CONFIG}"))
 
 
 def world_folder(world: str | Path) -> Path:

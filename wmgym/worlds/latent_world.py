@@ -13,12 +13,13 @@ row sum in another order than those of many.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from wmgym.spaces import ACTION_DIM
+from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 from wmgym.worlds.dynamics import READINGS, DynamicsConfig, LatentDynamics
 from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
 from wmgym.worlds.world import Prediction, WorldState, select_rows
@@ -80,6 +81,14 @@ class LatentState(WorldState):
     last_proprio: Tensor
 
 
+def _half_products(model: LatentWorldModel) -> LatentWorldModel:
+    """Stores the weights of matrix products in bfloat16, so that no step has to convert them."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+    return model
+
+
 class LatentWorld:
     """A frozen `LatentWorldModel` behind the `World` protocol.
 
@@ -108,24 +117,26 @@ class LatentWorld:
             raise ValueError(f"dtype={dtype!r}: allowed are {sorted(_DTYPES)}")
         self.name = name
         self.device = torch.device(device)
+        self._autocast = dtype == "bfloat16"
+        if self._autocast:
+            model = _half_products(copy.deepcopy(model))
         self.model = model.to(self.device).eval().requires_grad_(False)
         size = model.config.tokenizer.image_size
         self.image_size = (size, size)
         self.horizon = model.config.dynamics.horizon
-        self._autocast = dtype == "bfloat16"
 
     @torch.no_grad()
     def start(self, frames: Tensor, proprio: Tensor) -> LatentState:
         """State at the last of the context frames `(B, C, 3, H, W)` and readings `(B, C, 8)`."""
         expected = (3, *self.image_size)
-        if frames.ndim != 5 or tuple(frames.shape[2:]) != expected:
+        if frames.ndim != 5 or tuple(frames.shape[2:]) != expected or frames.shape[1] < 1:
             raise ValueError(
-                f"frames have shape {tuple(frames.shape)}, expected (B, C, *{expected})"
+                f"frames have shape {tuple(frames.shape)}, expected (B, C, *{expected}), C >= 1"
             )
-        if proprio.shape[:2] != frames.shape[:2]:
+        if proprio.shape != (*frames.shape[:2], PROPRIO_DIM):
             raise ValueError(
                 f"proprio has shape {tuple(proprio.shape)}, frames {tuple(frames.shape)}: "
-                "B and C must agree"
+                f"expected (B, C, {PROPRIO_DIM}) with their B and C"
             )
         frame = frames[:, -1].to(self.device, torch.float32)
         readings = proprio.to(self.device, torch.float32)
@@ -151,10 +162,11 @@ class LatentWorld:
     @torch.no_grad()
     def step(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
         """Advances every row by `T` control steps, `actions` `(B, T, 7)`."""
-        if actions.ndim != 3 or actions.shape[0] != len(state) or actions.shape[2] != ACTION_DIM:
+        expected = (len(state), *actions.shape[1:2], ACTION_DIM)
+        if actions.shape != expected or actions.shape[1] < 1:
             raise ValueError(
                 f"actions have shape {tuple(actions.shape)}, "
-                f"expected ({len(state)}, T, {ACTION_DIM})"
+                f"expected ({len(state)}, T, {ACTION_DIM}), T >= 1"
             )
         actions = actions.to(self.device, torch.float32)
         groups = [(state.steps == k).nonzero()[:, 0] for k in state.steps.unique()]

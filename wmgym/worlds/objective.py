@@ -15,6 +15,7 @@ it the decoder; the third tells the dynamics what the tokenizer would have said.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmgym.rewards.perceptual import LPIPS
+from wmgym.worlds.batches import Batch
 from wmgym.worlds.latent_world import LatentWorldModel
 from wmgym.worlds.tokenizer import latent_distance
 
@@ -43,33 +45,26 @@ class LossWeights:
     proprio: float = 0.05
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Windows on the device.
+class Objective(nn.Module):
+    """The loss as a module, so that gradients of several processes are averaged over it.
 
-    Attributes:
-        context: `(B, 3, H, W)` in [0, 1].
-        targets: `(B, M, 3, H, W)` in [0, 1].
-        offsets: The `M` future steps of the targets, from 1, ascending, shared by all rows.
-        proprio: `(B, 2, 8)` at the context frame.
-        future_proprio: `(B, T, 8)` after every action.
-        actions: `(B, T, 7)`.
+    Args:
+        model: The network.
+        weights: Weights of the terms.
+        lpips: The perceptual distance.
+        mean: Mean of a tensor over all processes. What moves is weighed over the whole batch, not
+            over one process's share of it.
     """
 
-    context: Tensor
-    targets: Tensor
-    offsets: tuple[int, ...]
-    proprio: Tensor
-    future_proprio: Tensor
-    actions: Tensor
-
-
-class Objective(nn.Module):
-    """The loss as a module, so that gradients of several processes are averaged over it."""
-
-    def __init__(self, model: LatentWorldModel, weights: LossWeights, lpips: LPIPS) -> None:
+    def __init__(
+        self,
+        model: LatentWorldModel,
+        weights: LossWeights,
+        lpips: LPIPS,
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__()
-        self.model, self.weights, self.lpips = model, weights, lpips
+        self.model, self.weights, self.lpips, self.mean = model, weights, lpips, mean
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms, detached scalars by name."""
@@ -116,4 +111,4 @@ class Objective(nn.Module):
         moving = (target - context).abs().mean(dim=1, keepdim=True)
         near = F.avg_pool2d(moving, 5, stride=1, padding=2)
         weight = 1 + self.weights.motion * near
-        return (weight * (drawn - target).abs()).mean() / weight.mean()
+        return (weight * (drawn - target).abs()).mean() / self.mean(weight.mean())

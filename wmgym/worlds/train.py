@@ -23,25 +23,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import wmgym
-from wmgym.data import FrameCache, LeRobotDataset, WindowSampler
-from wmgym.data.episodes import EpisodeInfo
+from wmgym.data import FrameCache, LeRobotDataset
+from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.worlds.checkpoints import load_model, save_world, world_folder
-from wmgym.worlds.dynamics import READINGS
-from wmgym.worlds.latent_world import LatentWorldConfig, LatentWorldModel
+from wmgym.worlds.batches import Windows
+from wmgym.worlds.checkpoints import load_model, read_shape, save_world, world_folder
+from wmgym.worlds.evaluate import MAX_PSNR
+from wmgym.worlds.film import film
+from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.metrics import psnr
-from wmgym.worlds.objective import Batch, LossWeights, Objective
+from wmgym.worlds.objective import LossWeights, Objective
+from wmgym.worlds.run import Run, update_average
 
 logger = logging.getLogger(__name__)
-
-_TARGETS = 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class TrainConfig:
             raise ValueError("data is empty: name at least one dataset folder")
         if min(self.steps, self.batch_size, self.save_every, self.validate_every) < 1:
             raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
+        kept = sorted(set(self.validation_states) & set(HELD_OUT_INIT_STATES))
+        if kept:
+            raise ValueError(f"validation_states has {kept}: 40-49 are held out, for reports only")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -104,67 +107,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.learning_rate * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
-
-
-class Windows:
-    """Batches of the objective out of a frame cache."""
-
-    def __init__(self, cache: FrameCache, horizon: int, seed: int, device: torch.device) -> None:
-        self.sampler = WindowSampler(cache, horizon=horizon, context=READINGS, seed=seed)
-        self.horizon, self.seed, self.device = horizon, seed, device
-
-    def batch(self, step: int, size: int, where: Processes) -> Batch:
-        """This process's share of the batch of a step."""
-        rng = np.random.default_rng([self.seed, step, 2])
-        count = min(_TARGETS, self.horizon)
-        offsets = np.sort(rng.choice(self.horizon, size=count, replace=False)) + 1
-        rows = self.sampler.indices(step, size)[where.rank :: where.size]
-        return self.gather(rows, tuple(int(k) for k in offsets))
-
-    def gather(self, rows: NDArray[np.int64], offsets: tuple[int, ...]) -> Batch:
-        """The windows `rows` with the future frames `offsets` (from 1)."""
-        window = self.sampler.gather(rows, np.tile(offsets, (len(rows), 1)))
-        frames = torch.from_numpy(window["frames"]).to(self.device)
-        frames = frames.permute(0, 1, 4, 2, 3).float() / 255
-        proprio = torch.from_numpy(window["proprio"]).to(self.device)
-        return Batch(
-            context=frames[:, READINGS - 1],
-            targets=frames[:, READINGS:],
-            offsets=offsets,
-            proprio=proprio[:, :READINGS],
-            future_proprio=proprio[:, READINGS:],
-            actions=torch.from_numpy(window["actions"]).to(self.device),
-        )
-
-
-@dataclass
-class Run:
-    """Everything that is checkpointed."""
-
-    model: LatentWorldModel
-    average: LatentWorldModel
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint, entirely or not at all."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(path)
-
-    def load(self, path: Path, device: torch.device) -> None:
-        """Goes back to a checkpoint."""
-        state = torch.load(path, map_location=device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
 def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Run:
@@ -176,7 +118,7 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Run
         else:
             model = LatentWorldModel(config.world)
             _fit_scales(model, cache)
-    average = LatentWorldModel(model.config)
+        average = LatentWorldModel(model.config)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -207,16 +149,9 @@ def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves the averaged weights towards the current ones; buffers are copied."""
-    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, 1 - decay)
-    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(buffer)
-
-
-@torch.no_grad()
-def validate(model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: TrainConfig) -> dict:
+def validate(
+    model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: TrainConfig
+) -> dict[str, float]:
     """PSNR and LPIPS of the imagined last frame of evenly spread windows, beside copying."""
     count = min(config.validation_windows, len(windows.sampler))
     rows = np.linspace(0, len(windows.sampler) - 1, count).astype(np.int64)
@@ -229,8 +164,8 @@ def validate(model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: Tr
             latents, _ = model.dynamics(context.coarse, batch.proprio, batch.actions)
             drawn = model.tokenizer.decode(latents[:, -1], context, batch.context)
         target = batch.targets[:, -1]
-        figures["psnr"].append(psnr(drawn.clamp(0, 1), target))
-        figures["copy_psnr"].append(psnr(batch.context, target))
+        figures["psnr"].append(psnr(drawn.clamp(0, 1), target).clamp(max=MAX_PSNR))
+        figures["copy_psnr"].append(psnr(batch.context, target).clamp(max=MAX_PSNR))
         figures["lpips"].append(lpips(drawn.clamp(0, 1), target))
         figures["copy_lpips"].append(lpips(batch.context, target))
     model.train()
@@ -257,6 +192,11 @@ class _Log:
             for name, value in figures.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Trains a world, or goes on with a run that was interrupted.
@@ -267,19 +207,29 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
     Returns:
         Folder of the finished world, `config.out / "world"`.
+
+    Raises:
+        CheckpointError: The checkpoint in `config.out`, or `init_from`, cannot be used.
+        DatasetError: A dataset's files are damaged.
+        ValueError: The data have no episode to train on, or none to validate on.
+        FloatingPointError: The gradient is not finite.
     """
+    if config.init_from is not None:
+        shape = read_shape(world_folder(config.init_from))
+        config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here:
-        train_cache, validation_cache = _caches(config, here)
+        train_cache, validation_cache = _caches(config, here, progress)
         run = new_run(config, train_cache, here.device)
         checkpoint = config.out / "checkpoint.pt"
         if checkpoint.exists():
             run.load(checkpoint, here.device)
             logger.info("going on from step %d of %s", run.step, checkpoint)
         lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
-        objective: nn.Module = Objective(run.model, config.loss, lpips)
+        objective: nn.Module = Objective(run.model, config.loss, lpips, here.mean)
         if here.size > 1:
-            objective = DistributedDataParallel(objective)
+            # All buffers are frozen, those of LPIPS are large.
+            objective = DistributedDataParallel(objective, broadcast_buffers=False)
         horizon = run.model.config.dynamics.horizon
         windows = Windows(train_cache, horizon, config.seed, here.device)
         held = Windows(validation_cache, horizon, config.seed, here.device)
@@ -297,12 +247,17 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             if log is not None and (step % config.validate_every == 0 or last):
                 scores = validate(run.average, held, lpips, config)
                 log.write(step, "validation", scores)
-                bar.write(f"step {step}: {scores}")
+                if not bar.disable:
+                    bar.write(f"step {step}: {scores}")
+                world = LatentWorld(run.average, name=config.out.name, device=here.device)
+                film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
             if here.main and (step % config.save_every == 0 or last):
-                run.save(checkpoint)
                 _keep(config, run)
+                run.save(checkpoint)
             here.wait()
         bar.close()
+        if log is not None:
+            log.close()
     return config.out / "world"
 
 
@@ -316,13 +271,19 @@ def _keep(config: TrainConfig, run: Run) -> None:
     )
 
 
-def _caches(config: TrainConfig, here: Processes) -> tuple[FrameCache, FrameCache]:
+def _caches(config: TrainConfig, here: Processes, progress: bool) -> tuple[FrameCache, FrameCache]:
     """Decoded training and validation episodes; the main process decodes, the others open."""
     datasets = [LeRobotDataset(folder) for folder in config.data]
     parts = {
         "train": lambda info: not (info.held_out or _validates(info, config)),
         "validation": lambda info: _validates(info, config),
     }
+    for name, chosen in parts.items():
+        if not any(chosen(info) for dataset in datasets for info in dataset.episodes):
+            raise ValueError(
+                f"{[str(folder) for folder in config.data]} have no episode for {name} with "
+                f"validation_states={config.validation_states} and 40-49 held out"
+            )
     size = config.world.tokenizer.image_size
     if here.main:
         for name, chosen in parts.items():
@@ -331,6 +292,7 @@ def _caches(config: TrainConfig, here: Processes) -> tuple[FrameCache, FrameCach
                 config.out / "cache" / name,
                 image_size=(size, size),
                 episode_filter=chosen,
+                progress=progress,
             )
     here.wait()
     opened = [FrameCache.open(config.out / "cache" / name) for name in parts]
