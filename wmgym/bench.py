@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import wmgym  # noqa: F401 - registers the environments
-from wmgym.envs.scoring import _lpips
+from wmgym.envs.scoring import shared_lpips
 from wmgym.envs.world_model import WorldModelVectorEnv
 
 
@@ -119,7 +119,7 @@ class _Imagined:
         """Share of the parts in one step."""
         seconds: dict[str, float] = defaultdict(float)
         model = self.env.world.model  # type: ignore[attr-defined]
-        lpips = _lpips(self.env.world.device, self._dtype())
+        lpips = shared_lpips(self.env.world.device, self._dtype())
         with (
             _timed(model.dynamics, "forward", "dynamics", seconds),
             _timed(model.tokenizer, "decode", "drawing", seconds),

@@ -1,4 +1,4 @@
-"""The command line: `wmgym demo | record | train | evaluate | audit | bench | subset`.
+"""The command line: `wmgym demo | record | train | evaluate | audit | bench | report | subset`.
 
 Every command is a dataclass; its fields are the options and `wmgym COMMAND --help` explains them.
 Commands that measure something write a JSON report with their own command line, the seed, the
@@ -245,6 +245,28 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Print the README's tables of a shipped world from its committed reports."""
+
+    world: str = "libero-small"
+    """Name or folder of the world."""
+
+    def run(self) -> None:
+        """Prints three Markdown tables: pictures, audit, speed."""
+        from wmgym.assets import asset_path
+        from wmgym.reports import audit_table, quality_table, speed_table
+        from wmgym.worlds.checkpoints import world_folder
+
+        folder = world_folder(self.world)
+        tables = (
+            quality_table(folder),
+            audit_table(folder),
+            speed_table(asset_path("reports", "bench_small.json")),
+        )
+        print("\n\n".join(tables))
+
+
+@dataclass(frozen=True)
 class Subset:
     """Copy some episodes of a LeRobot v3 dataset into a smaller one, without re-encoding."""
 
@@ -276,6 +298,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Subset, tyro.conf.subcommand("subset")]
 )
 

@@ -98,7 +98,7 @@ class Scorer:
         self.recorded, self.imagined = reward == "R2", reward == "R3"
         chosen = _weights(weights)
         used = reward != "R1" and chosen.lpips > 0
-        self._verified = VerifiedReward(kind, _lpips(device, dtype) if used else None, chosen)
+        self._verified = VerifiedReward(kind, shared_lpips(device, dtype) if used else None, chosen)
 
     def encode(self, frames: Tensor) -> Reference:
         """What comparing with reference frames `(N, T, 3, H, W)` needs, once for all members."""
@@ -150,6 +150,6 @@ def _weights(weights: Mapping[str, float] | RewardWeights | None) -> RewardWeigh
 
 
 @lru_cache(maxsize=4)
-def _lpips(device: torch.device, dtype: torch.dtype) -> LPIPS:
+def shared_lpips(device: torch.device, dtype: torch.dtype) -> LPIPS:
     """One LPIPS a process; its passes are of one size, so results do not depend on `num_envs`."""
     return LPIPS(dtype=dtype, micro_batch=64 if device.type == "cuda" else 8).to(device)

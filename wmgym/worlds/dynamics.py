@@ -25,6 +25,8 @@ from wmgym.worlds.layers import TokenBlock
 READINGS = 2
 """Proprioceptive readings the dynamics start from: the last one and the one before."""
 
+_STEPS_OF_CHANGE = 4.0
+
 
 @dataclass(frozen=True)
 class DynamicsConfig:
@@ -71,6 +73,17 @@ class LatentDynamics(nn.Module):
         nn.init.zeros_(self.to_change.bias)
         steps = torch.arange(config.horizon).repeat_interleave(slots + 1)
         self.register_buffer("mask", steps[:, None] >= steps[None, :], persistent=False)
+
+    def pose(self, before: Tensor, now: Tensor) -> Tensor:
+        """What the decoder is told of the arm: `(B, 16)`, in standard units.
+
+        Args:
+            before: `(B, 8)` proprioception at the context frame.
+            now: `(B, 8)` proprioception at the frame to draw.
+        """
+        mean, std = self.get_buffer("proprio_mean"), self.get_buffer("proprio_std")
+        moved = (now - before) / (_STEPS_OF_CHANGE * self.get_buffer("change_std"))
+        return torch.cat([(before - mean) / std, moved], dim=-1)
 
     def forward(self, coarse: Tensor, proprio: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Predicts a chunk.

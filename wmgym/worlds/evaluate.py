@@ -147,7 +147,7 @@ def _score(
     pictures = {
         "": imagined.frames.flatten(0, 1),
         "copy_": context.expand(-1, horizon, -1, -1, -1).flatten(0, 1),
-        "tokenizer_": world.redraw(context[:, 0], frames[:, 1:]).flatten(0, 1),
+        "tokenizer_": world.redraw(context[:, 0], frames[:, 1:], proprio[:, 1:]).flatten(0, 1),
     }
     scores = {
         prefix + name: values.view(-1, horizon)

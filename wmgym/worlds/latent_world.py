@@ -200,19 +200,29 @@ class LatentWorld:
         )
 
     @torch.no_grad()
-    def redraw(self, context: Tensor, frames: Tensor) -> Tensor:
-        """Frames `(B, T, 3, H, W)` as the tokenizer redraws them given context `(B, 3, H, W)`.
+    def redraw(self, context: Tensor, frames: Tensor, proprio: Tensor) -> Tensor:
+        """Frames as the tokenizer redraws them: the best the dynamics could do.
 
-        This is the best the dynamics could do: the latents are those of the frames themselves.
+        Args:
+            context: `(B, 3, H, W)` in [0, 1].
+            frames: `(B, T, 3, H, W)` to describe and redraw.
+            proprio: `(B, 1 + T, 8)` recorded at the context and at the frames.
+
+        Returns:
+            `(B, T, 3, H, W)` in [0, 1].
         """
         batch, count = frames.shape[:2]
         tokenizer = self.model.tokenizer
+        proprio = proprio.to(self.device, torch.float32)
         context = context.to(self.device, torch.float32)
         seen = self._look(context).repeat(count)
         own = self._look(frames.to(self.device, torch.float32).flatten(0, 1))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             drawn = tokenizer.decode(
-                tokenizer.encode(own, seen), seen, context.repeat_interleave(count, 0)
+                tokenizer.encode(own, seen),
+                self._pose(proprio[:, 0], proprio[:, 1:]),
+                seen,
+                context.repeat_interleave(count, 0),
             )
         return drawn.clamp(0, 1).view(batch, count, *drawn.shape[1:])
 
@@ -256,6 +266,7 @@ class LatentWorld:
             rows = torch.arange(batch, device=self.device)[:, None]
             frames = self.model.tokenizer.decode(
                 latents[rows, slots].flatten(0, 1),
+                self._pose(state.proprio[:, -1], proprio[rows, slots]),
                 Features(state.fine, state.coarse).repeat(count),
                 state.frame.repeat_interleave(count, 0),
             )
@@ -263,6 +274,11 @@ class LatentWorld:
             frames=frames.clamp(0, 1).view(batch, count, *frames.shape[1:]),
             proprio=proprio[rows, slots],
         )
+
+    def _pose(self, before: Tensor, now: Tensor) -> Tensor:
+        """Poses `(B T, 16)` from proprioception `(B, 8)` and `(B, T, 8)`."""
+        count = now.shape[1]
+        return self.model.dynamics.pose(before.repeat_interleave(count, 0), now.flatten(0, 1))
 
     def _look(self, frames: Tensor) -> Features:
         if len(frames) == 1:

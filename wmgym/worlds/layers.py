@@ -47,11 +47,33 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
-class TokenBlock(nn.Module):
-    """Self-attention, optional cross-attention, and an MLP, each after a LayerNorm."""
+def modulate(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Feature-wise modulation (Perez et al. 2018) of `(B, N, D)` by `(B, D)` each."""
+    return normed * (1 + scale[:, None]) + shift[:, None]
 
-    def __init__(self, width: int, heads: int, *, cross: bool, expansion: int = 3) -> None:
+
+class TokenBlock(nn.Module):
+    """Self-attention, optional cross-attention, and an MLP, each after a LayerNorm.
+
+    Args:
+        width: Width `D` of tokens, memory and condition.
+        heads: Attention heads.
+        cross: Whether it attends to memory.
+        conditioned: Whether a vector `(B, D)` modulates the norms, as in DiT (Peebles, Xie 2023).
+        expansion: Width of the MLP in units of `D`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        cross: bool,
+        conditioned: bool = False,
+        expansion: int = 3,
+    ) -> None:
         super().__init__()
+        self.modulation = nn.Linear(width, 4 * width) if conditioned else None
         self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
         self.cross_norm = nn.LayerNorm(width) if cross else None
         self.cross_attention = Attention(width, heads) if cross else None
@@ -61,36 +83,58 @@ class TokenBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """`x` `(B, N, D)`, `memory` `(B, M, D)` for cross-attention, `mask` `(N, N)`."""
+        """`x` `(B, N, D)`, `memory` `(B, M, D)`, `mask` `(N, N)`, `condition` `(B, D)`."""
         normed = self.self_norm(x)
+        late = None
+        if self.modulation is not None:
+            if condition is None:
+                raise ValueError("a conditioned block needs a condition")
+            scale, shift, *late = self.modulation(condition).chunk(4, dim=-1)
+            normed = modulate(normed, scale, shift)
         x = x + self.self_attention(normed, normed, mask)
         if self.cross_norm is not None and self.cross_attention is not None:
             if memory is None:
                 raise ValueError("a block with cross-attention needs memory")
             x = x + self.cross_attention(self.cross_norm(x), memory)
-        return x + self.mlp(self.mlp_norm(x))
+        normed = self.mlp_norm(x)
+        return x + self.mlp(modulate(normed, *late) if late else normed)
 
 
 class GridBlock(nn.Module):
-    """Depthwise 3x3 convolution and an MLP on a grid of tokens `(B, g * g, D)`."""
+    """Depthwise 3x3 convolution and an MLP on a grid of tokens `(B, g * g, D)`.
 
-    def __init__(self, width: int, expansion: int = 3) -> None:
+    Args:
+        width: Width `D` of tokens.
+        condition: Width of a vector `(B, condition)` that modulates the norm; None for none.
+        expansion: Width of the MLP in units of `D`.
+    """
+
+    def __init__(self, width: int, *, condition: int | None = None, expansion: int = 3) -> None:
         super().__init__()
+        self.modulation = nn.Linear(condition, 2 * width) if condition else None
         self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Same shape out as in."""
         batch, tokens, width = x.shape
         side = round(tokens**0.5)
         grid = x.view(batch, side, side, width).permute(0, 3, 1, 2)
-        mixed = self.mix(grid).permute(0, 2, 3, 1).reshape(batch, tokens, width)
-        return x + self.mlp(self.norm(mixed))
+        normed = self.norm(self.mix(grid).permute(0, 2, 3, 1).reshape(batch, tokens, width))
+        if self.modulation is not None:
+            if condition is None:
+                raise ValueError("a conditioned block needs a condition")
+            normed = modulate(normed, *self.modulation(condition).chunk(2, dim=-1))
+        return x + self.mlp(normed)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 For windows of one context frame, `T` actions and the frames they lead to, at two of the future
 steps (the same for the whole batch, drawn anew every step):
 
-    loss = draw(decode(dynamics(x, a)), y) + draw(decode(encode(y | x)), y)
+    loss = draw(decode(dynamics(x, a) | x), y) + draw(decode(encode(y | x) | x), y)
            + w_latent |dynamics(x, a) - encode(y | x)|^2 + w_proprio |proprioception error|
 
     draw(y', y) = mean(m |y' - y|) / mean(m) + w_lpips LPIPS(y', y),   m = 1 + w_motion |y - x|
@@ -74,15 +74,20 @@ class Objective(nn.Module):
         latents, proprio = self.model.dynamics(
             context.coarse, batch.proprio, batch.actions[:, :last]
         )
-        chosen = latents[:, [k - 1 for k in batch.offsets]]
+        steps = [k - 1 for k in batch.offsets]
+        chosen = latents[:, steps]
+        pose = self.model.dynamics.pose
+        before = batch.proprio[:, -1]
         imagined = tokenizer.decode(
             chosen.flatten(0, 1),
+            pose(before.repeat_interleave(count, 0), proprio[:, steps].detach().flatten(0, 1)),
             context.repeat(count),
             batch.context.repeat_interleave(count, 0),
         )
         target = batch.targets[:, -1]
         encoded = tokenizer.encode(tokenizer.look(target), context)
-        redrawn = tokenizer.decode(encoded, context, batch.context)
+        now = pose(before, batch.future_proprio[:, last - 1])
+        redrawn = tokenizer.decode(encoded, now, context, batch.context)
 
         change_std = self.model.dynamics.get_buffer("change_std")
         terms = {

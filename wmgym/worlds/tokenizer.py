@@ -2,8 +2,9 @@
 
 Most of a robot's camera picture is where it was a moment ago. The tokenizer therefore describes a
 frame `y` by `S` short vectors `z = encode(y | x)` relative to a context frame `x`, and redraws it
-as `decode(z | x)`: for every pixel a place in the context frame to copy from (a flow), a colour of
-its own, and three weights that choose between staying, copying and painting,
+as `decode(z, p | x)`, where `p` is the arm's pose, which a robot knows: for every pixel a place in
+the context frame to copy from (a flow), a colour of its own, and three weights that choose between
+staying, copying and painting,
 
     y = w_stay * x + w_move * warp(x, flow) + w_paint * colour,   w = softmax(logits).
 
@@ -11,8 +12,11 @@ Copied pixels stay sharp, which a purely painted picture of this size does not (
 neural advection of Finn et al. 2016 and the context-conditioned tokenizer of iVideoGPT, Wu et al.
 2024). The latent is continuous; the published discrete tokenizer is another family.
 
+The decoder is told the pose, and all latents at once, by a vector that modulates every layer: with
+cross-attention alone it learned to ignore them and drew the mean of all motions.
+
 Shapes: frames `(B, 3, H, W)` in [0, 1], fine tokens `(B, (H/p)^2, D/2)`, coarse tokens
-`(B, (H/2p)^2, D)`, latents `(B, S, Z)`.
+`(B, (H/2p)^2, D)`, latents `(B, S, Z)`, poses `(B, 16)` from `LatentDynamics.pose`.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.spaces import PROPRIO_DIM
 from wmgym.worlds.layers import (
     GridBlock,
     TokenBlock,
@@ -34,6 +39,7 @@ from wmgym.worlds.layers import (
 )
 
 _STAY, _MOVE, _PAINT = 0, 1, 2
+_AT_FIRST = {_STAY: 2.0, _MOVE: 0.0, _PAINT: -1.0}
 _FLOW_UNIT = 8.0
 _CHANNELS = 8
 
@@ -100,10 +106,10 @@ class ContextTokenizer(nn.Module):
         self.config = config
         width, fine, area = config.width, config.width // 2, config.patch**2
         self.embed = nn.Linear(3 * area, fine)
-        self.fine_position = nn.Parameter(torch.randn(4 * config.side**2, fine) * 0.02)
+        self.fine_position = nn.Parameter(torch.randn(4 * config.side**2, fine) * 0.2)
         self.fine_encoder = nn.ModuleList(GridBlock(fine) for _ in range(config.fine_layers))
         self.coarsen = nn.Linear(4 * fine, width)
-        self.coarse_position = nn.Parameter(torch.randn(config.side**2, width) * 0.02)
+        self.coarse_position = nn.Parameter(torch.randn(config.side**2, width) * 0.2)
         self.encoder = nn.ModuleList(
             TokenBlock(width, config.heads, cross=False) for _ in range(config.encoder_layers)
         )
@@ -117,11 +123,18 @@ class ContextTokenizer(nn.Module):
         self.to_latent = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.latent))
 
         self.from_latent = nn.Linear(config.latent, width)
+        self.condition = nn.Linear(config.slots * config.latent, width)
+        self.pose = nn.Sequential(
+            nn.Linear(2 * PROPRIO_DIM, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.decoder = nn.ModuleList(
-            TokenBlock(width, config.heads, cross=True) for _ in range(config.decoder_layers)
+            TokenBlock(width, config.heads, cross=True, conditioned=True)
+            for _ in range(config.decoder_layers)
         )
         self.refine = nn.Linear(width, 4 * fine)
-        self.fine_decoder = nn.ModuleList(GridBlock(fine) for _ in range(config.fine_layers))
+        self.fine_decoder = nn.ModuleList(
+            GridBlock(fine, condition=width) for _ in range(config.fine_layers)
+        )
         self.draw_norm = nn.LayerNorm(fine)
         self.draw = nn.Linear(fine, _CHANNELS * area)
         self._start_by_staying()
@@ -131,7 +144,8 @@ class ContextTokenizer(nn.Module):
         nn.init.normal_(self.draw.weight, std=0.01)
         nn.init.zeros_(self.draw.bias)
         with torch.no_grad():
-            self.draw.bias.view(_CHANNELS, -1)[_STAY] = 2.0
+            for channel, logit in _AT_FIRST.items():
+                self.draw.bias.view(_CHANNELS, -1)[channel] = logit
 
     def look(self, frames: Tensor) -> Features:
         """Features of frames `(B, 3, H, W)`, of context frames and of others alike."""
@@ -153,11 +167,14 @@ class ContextTokenizer(nn.Module):
             x = block(x, memory)
         return self.to_latent(x)
 
-    def decode(self, latents: Tensor, context: Features, context_frames: Tensor) -> Tensor:
+    def decode(
+        self, latents: Tensor, pose: Tensor, context: Features, context_frames: Tensor
+    ) -> Tensor:
         """Draws frames.
 
         Args:
             latents: `(B, S, Z)`.
+            pose: `(B, 16)`, where the arm was in the context frame and where it is now.
             context: Features of the context frames.
             context_frames: `(B, 3, H, W)` in [0, 1].
 
@@ -165,12 +182,13 @@ class ContextTokenizer(nn.Module):
             `(B, 3, H, W)` float32 in [0, 1].
         """
         memory = self.from_latent(latents)
+        condition = F.silu(self.condition(latents.flatten(1)) + self.pose(pose))
         x = context.coarse
         for block in self.decoder:
-            x = block(x, memory)
+            x = block(x, memory, condition=condition)
         fine = split(self.refine(x)) + context.fine
         for block in self.fine_decoder:
-            fine = block(fine)
+            fine = block(fine, condition)
         drawn = from_patches(self.draw(self.draw_norm(fine)), self.config.patch).float()
         with torch.autocast(drawn.device.type, enabled=False):
             weights = drawn[:, :3].softmax(dim=1)

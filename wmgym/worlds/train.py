@@ -161,8 +161,9 @@ def validate(
         batch = windows.gather(part, (windows.horizon,))
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=config.bfloat16):
             context = model.tokenizer.look(batch.context)
-            latents, _ = model.dynamics(context.coarse, batch.proprio, batch.actions)
-            drawn = model.tokenizer.decode(latents[:, -1], context, batch.context)
+            latents, proprio = model.dynamics(context.coarse, batch.proprio, batch.actions)
+            pose = model.dynamics.pose(batch.proprio[:, -1], proprio[:, -1])
+            drawn = model.tokenizer.decode(latents[:, -1], pose, context, batch.context)
         target = batch.targets[:, -1]
         figures["psnr"].append(psnr(drawn.clamp(0, 1), target).clamp(max=MAX_PSNR))
         figures["copy_psnr"].append(psnr(batch.context, target).clamp(max=MAX_PSNR))

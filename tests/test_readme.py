@@ -1,0 +1,33 @@
+"""The README says what the committed reports and examples say, word for word."""
+
+from pathlib import Path
+
+import pytest
+
+from wmgym.assets import asset_path
+from wmgym.reports import audit_table, quality_table, speed_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("table", [quality_table, audit_table])
+def test_tables_of_the_shipped_world_are_those_of_its_reports(table):
+    assert table(asset_path("worlds", "libero-small")) in README
+
+
+def test_the_speed_table_is_that_of_the_benchmark():
+    assert speed_table(asset_path("reports", "bench_small.json")) in README
+
+
+def test_the_ten_lines_are_the_quickstart_example():
+    source = (ROOT / "examples" / "quickstart.py").read_text()
+    body = source.split('"""', 2)[2].strip()
+    assert body in README
+
+
+def test_every_file_the_readme_points_to_exists():
+    targets = [part.split(")")[0] for part in README.split("](")[1:]]
+    local = [t for t in targets if not t.startswith(("http", "#"))]
+    assert local
+    assert [t for t in local if not (ROOT / t).exists()] == []
