@@ -48,13 +48,15 @@ class Args:
     """task of the suite"""
     reward: Literal["R1", "R2", "R3"] = "R3"
     """what the policy is measured against: recorded actions, recorded frames, imagined frames"""
+    starts: Literal["episodes", "frames"] = "episodes"
+    """imagine from the first frame of recorded episodes, or from any"""
     horizon: int = 8
     """control steps of an imagined episode"""
-    num_envs: int = 32
+    num_envs: int = 16
     """imagined episodes at a time"""
     num_steps: int = 16
     """control steps of each between two updates, a multiple of the horizon"""
-    iterations: int = 40
+    iterations: int = 30
     """updates"""
     learning_rate: float = 1e-3
     """of Adam, falling linearly to 0"""
@@ -135,6 +137,7 @@ def main(args: Args, **env_kwargs: Any) -> list[float]:
         "suite": args.suite,
         "tasks": [args.task],
         "reward": args.reward,
+        "starts": args.starts,
         "horizon": args.horizon,
         "device": args.device,
     }

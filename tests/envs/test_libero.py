@@ -1,10 +1,7 @@
-"""`LIBERO-v0`: Gymnasium's contract, seeds and options, chunks, ends of episodes, errors."""
+"""`LIBERO-v0` on the simulator: Gymnasium's contract, seeds, chunks, success, vectors."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import gymnasium as gym
@@ -13,11 +10,9 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 
-from wmgym.envs import simulator
 from wmgym.envs.libero import LiberoEnv
 from wmgym.envs.simulator import WAIT_ACTION, Simulator, initial_states
 from wmgym.experts import ExpertConfig, expert
-from wmgym.extras import MissingExtraError
 from wmgym.spaces import STEP_LIMITS
 
 needs_libero = pytest.mark.libero
@@ -25,13 +20,27 @@ needs_libero = pytest.mark.libero
 
 def make(**changes):
     pytest.importorskip("libero", reason="needs the extra `libero`")
-    arguments = {"tasks": (0,), "image_size": 84, "settle_steps": 2}
+    arguments = {"tasks": (0,), "image_size": 84, "settle_steps": 5}
     return LiberoEnv(**(arguments | changes))
 
 
 @pytest.fixture(scope="module")
 def env():
-    env = make(tasks=(0, 1), max_simulators=1, render_mode="rgb_array")
+    env = make(tasks=(0, 1), render_mode="rgb_array")
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    env = make(action_chunk=8)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def spatial():
+    env = make(suite="libero_spatial", cameras=("agentview", "wrist"), settle_steps=0)
     yield env
     env.close()
 
@@ -53,8 +62,10 @@ def assert_equal(left, right):
 
 
 @needs_libero
+@pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is")
 def test_gymnasium_accepts_it():
-    env = gym.make("LIBERO-v0", tasks=(0,), image_size=(64, 84), render_mode="rgb_array")
+    pytest.importorskip("libero", reason="needs the extra `libero`")
+    env = gym.make("LIBERO-v0", tasks=(0,), image_size=(64, 84), settle_steps=0)
     try:
         assert env.observation_space["image"].shape == (64, 84, 3)
         check_env(env.unwrapped, skip_render_check=True)
@@ -89,16 +100,12 @@ def test_images_are_the_simulators_own(env):
 
 
 @needs_libero
-def test_second_camera():
-    env = make(cameras=("agentview", "wrist"))
-    try:
-        observation, _ = env.reset(seed=0)
-        assert env.observation_space.contains(observation)
-        np.testing.assert_array_equal(observation["wrist_image"], env.simulator.render("wrist"))
-        assert np.abs(observation["wrist_image"] - observation["image"].astype(float)).mean() > 10
-        assert env.render() is None  # no render_mode
-    finally:
-        env.close()
+def test_second_camera(spatial):
+    observation, _ = spatial.reset(seed=0)
+    assert spatial.observation_space.contains(observation)
+    np.testing.assert_array_equal(observation["wrist_image"], spatial.simulator.render("wrist"))
+    assert np.abs(observation["wrist_image"] - observation["image"].astype(float)).mean() > 10
+    assert spatial.render() is None  # no render_mode
 
 
 # Seeds and options.
@@ -122,37 +129,6 @@ def test_an_episode_is_a_function_of_its_seed(env):
 
 
 @needs_libero
-def test_tasks_are_drawn_and_simulators_bounded(env, monkeypatch):
-    closed = []
-    close = Simulator.close
-    monkeypatch.setattr(Simulator, "close", lambda s: closed.append(s.task_id) or close(s))
-    first = begin(env)
-    assert begin(env, task_id=1)[1]["instruction"] != first[1]["instruction"]
-    assert closed[-1] == 0  # max_simulators=1
-    assert_equal(begin(env), first)
-    assert closed[-1] == 1
-    draws = {int(np.random.default_rng(seed).choice(env.tasks)) for seed in range(20)}
-    assert draws == {env.reset(seed=seed)[1]["task_id"] for seed in (0, 1, 2, 3)} == {0, 1}
-
-
-@needs_libero
-@pytest.mark.parametrize(("split", "allowed"), [("train", range(40)), ("held_out", range(40, 50))])
-def test_initial_states_come_from_the_split(split, allowed):
-    env = make(split=split, settle_steps=0, image_size=16)
-    try:
-        drawn = {
-            env.reset(seed=seed if seed == 0 else None)[1]["init_state_id"] for seed in range(6)
-        }
-        assert len(drawn) > 2
-        assert drawn <= set(allowed)
-        outside = 45 if split == "train" else 5
-        with pytest.raises(ValueError, match=rf"'init_state'\]={outside}: allowed are"):
-            env.reset(options={"init_state": outside})
-    finally:
-        env.close()
-
-
-@needs_libero
 def test_an_initial_state_by_index_or_in_full(env):
     by_index = begin(env, init_state=7, fixture_seed=3)
     in_full = begin(env, init_state=initial_states("libero_object", 0)[7], fixture_seed=3)
@@ -162,136 +138,78 @@ def test_an_initial_state_by_index_or_in_full(env):
 
 
 @needs_libero
-def test_the_recorded_fixture_seed_puts_the_fixtures_back():
-    env = make(suite="libero_spatial", settle_steps=0)
-    try:
-        _, info = env.reset(seed=0)
-        fixtures = env.simulator.fixtures()
-        env.reset(seed=1)
-        assert env.simulator.fixtures() != fixtures
-        env.reset(seed=1, options={"fixture_seed": info["fixture_seed"]})
-        assert env.simulator.fixtures() == fixtures
-    finally:
-        env.close()
-
-
-@needs_libero
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task": 0}, r"unknown reset options \['task'\].*'task_id', 'init_state'"),
-        ({"task_id": 5}, r"'task_id'\]=5: allowed are \[0, 1\]"),
-        ({"init_state": 50}, r"'init_state'\]=50: allowed are \[0, 1"),
-        ({"init_state": np.zeros(7)}, r"state has shape \(7,\)"),
-        ({"init_state": np.full(110, np.nan)}, "contains NaN"),
-    ],
-)
-def test_bad_options_are_refused_and_leave_no_episode(env, options, message):
-    begin(env)
-    with pytest.raises(ValueError, match=message):
-        env.reset(seed=0, options={"task_id": 0, **options})
-    with pytest.raises(ResetNeeded):
-        env.step(WAIT_ACTION)
+def test_the_recorded_fixture_seed_puts_the_fixtures_back(spatial):
+    _, info = spatial.reset(seed=0)
+    fixtures = spatial.simulator.fixtures()
+    spatial.reset(seed=1)
+    assert spatial.simulator.fixtures() != fixtures
+    spatial.reset(seed=1, options={"fixture_seed": info["fixture_seed"]})
+    assert spatial.simulator.fixtures() == fixtures
 
 
 def shifted(simulator, state, rng):
-    """Moves the soup by up to 2 cm along x."""
+    """Moves the soup by 1-2 cm along x."""
     joint = simulator.control_env.env.objects_dict["alphabet_soup_1"].joints[0]
-    state[1 + simulator.control_env.sim.model.get_joint_qpos_addr(joint)[0]] += rng.uniform(
-        0.01, 0.02
-    )
+    address = simulator.control_env.sim.model.get_joint_qpos_addr(joint)[0]
+    state[1 + address] += rng.uniform(0.01, 0.02)
     return state
 
 
 @needs_libero
-def test_initial_states_can_be_perturbed(env):
+def test_initial_states_can_be_perturbed(env, monkeypatch):
+    stored = initial_states("libero_object", 0).copy()
     begin(env, init_state=0)
     still = env.simulator.object_positions()
-    perturbed = make(init_state_transform=shifted)
-    try:
-        first = begin(perturbed, init_state=0)
-        moved = perturbed.simulator.object_positions()
-        assert_equal(begin(perturbed, init_state=0), first)
-    finally:
-        perturbed.close()
+    monkeypatch.setattr(env, "_init_state_transform", shifted)
+    first = begin(env, init_state=0)
+    moved = env.simulator.object_positions()
     assert 0.008 < moved["alphabet_soup_1"][0] - still["alphabet_soup_1"][0] < 0.022
     np.testing.assert_allclose(moved["basket_1"], still["basket_1"], atol=1e-4)
-    stored = initial_states("libero_object", 0)[0]
-    begin(env, init_state=0)
-    assert_equal(still["alphabet_soup_1"], env.simulator.object_positions()["alphabet_soup_1"])
-    assert np.isfinite(stored).all()
+    assert_equal(begin(env, init_state=0), first)
+    np.testing.assert_array_equal(initial_states("libero_object", 0), stored)
 
 
 # Actions, chunks and ends.
 
 
 @needs_libero
-def test_a_chunk_is_its_actions_one_by_one_with_one_picture(env, monkeypatch):
-    actions = random_actions(5)
+def test_a_chunk_is_its_actions_one_by_one_with_one_picture(env, chunked, monkeypatch):
+    actions = random_actions(8)
     begin(env)
     for action in actions:
         single = env.step(action)
-    state = env.simulator.state()
-    chunked = make(action_chunk=5)
-    try:
-        assert chunked.action_space.shape == (5, 7)
-        assert chunked.metadata["render_fps"] == 4
-        begin(chunked)
-        pictures = []
-        render = Simulator.render
-        monkeypatch.setattr(
-            Simulator, "render", lambda s, *args: pictures.append(args) or render(s, *args)
-        )
-        row = chunked.step(actions)
-        np.testing.assert_array_equal(chunked.simulator.state(), state)
-    finally:
-        chunked.close()
+    assert chunked.action_space.shape == (8, 7)
+    assert chunked.metadata["render_fps"] == 2.5
+    begin(chunked)
+    pictures, render = [], Simulator.render
+    monkeypatch.setattr(Simulator, "render", lambda s, *a: pictures.append(a) or render(s, *a))
+    row = chunked.step(actions)
     assert pictures == [("agentview",)]
-    assert_equal(row[0], single[0])
-    assert row[4]["frame_index"] == single[4]["frame_index"] == 5
+    np.testing.assert_array_equal(chunked.simulator.state(), env.simulator.state())
+    assert_equal(row, single)
+    assert row[4]["frame_index"] == 8
 
 
 @needs_libero
-def test_the_step_limit_truncates_inside_a_chunk():
-    env = make(action_chunk=4, max_steps=5)
-    try:
-        env.reset(seed=0)
-        ends = [env.step(np.tile(WAIT_ACTION, (4, 1)))[1:] for _ in range(2)]
-        assert [end[:3] for end in ends] == [(0.0, False, False), (0.0, False, True)]
-        assert [end[3]["frame_index"] for end in ends] == [4, 5]
-        with pytest.raises(ResetNeeded, match=r"call reset\(\)"):
-            env.step(np.tile(WAIT_ACTION, (4, 1)))
-    finally:
-        env.close()
-
-
-@needs_libero
-def test_success_terminates_inside_a_chunk():
-    env = make(action_chunk=32, settle_steps=10)
-    try:
-        begin(env, init_state=0, fixture_seed=0)
-        actor = expert(env.simulator.control_env, np.random.default_rng(0), ExpertConfig())
-        actions = []
-        for action in actor:
-            actions.append(action)
-            env.simulator.step(action)
-            if env.simulator.success:
-                break
-        assert env.simulator.success
-        steps = len(actions)
-        actions.extend([WAIT_ACTION] * 32)
-        begin(env, init_state=0, fixture_seed=0)
-        for chunk in range(steps // 32 + 1):
-            row = env.step(np.array(actions[32 * chunk : 32 * (chunk + 1)]))
-            if row[2]:
-                break
-            assert row[1:4] == (0.0, False, False)
-        assert row[1:4] == (1.0, True, False)
-        assert (row[4]["frame_index"], row[4]["success"]) == (steps, True)
-        with pytest.raises(ResetNeeded):
-            env.step(np.array(actions[:32]))
-    finally:
-        env.close()
+def test_success_terminates_inside_a_chunk(chunked):
+    begin(chunked, init_state=0)
+    simulator = chunked.simulator
+    actions = []
+    for action in expert(simulator.control_env, np.random.default_rng(0), ExpertConfig()):
+        actions.append(action)
+        simulator.step(action)
+        if simulator.success:
+            break
+    assert simulator.success
+    steps = len(actions)
+    actions = np.array([*actions, *[WAIT_ACTION] * (-steps % 8)])
+    begin(chunked, init_state=0)
+    *before, last = [chunked.step(chunk) for chunk in actions.reshape(-1, 8, 7)]
+    assert all(row[1:4] == (0.0, False, False) for row in before)
+    assert last[1:4] == (1.0, True, False)
+    assert (last[4]["frame_index"], last[4]["success"]) == (steps, True)
+    with pytest.raises(ResetNeeded):
+        chunked.step(actions[:8])
 
 
 @needs_libero
@@ -315,107 +233,36 @@ def test_bad_actions_are_refused_and_large_ones_clipped_with_one_warning(env):
 
 
 @needs_libero
-def test_close_and_begin_again():
-    env = make(render_mode="rgb_array")
-    for call in (env.render, lambda: env.step(WAIT_ACTION), lambda: env.simulator):
+def test_before_the_first_reset_and_after_close(env):
+    fresh = make(render_mode="rgb_array")
+    for call in (fresh.render, lambda: fresh.step(WAIT_ACTION), lambda: fresh.simulator):
         with pytest.raises(ResetNeeded, match=r"reset\(\)"):
             call()
-    first = env.reset(seed=0)
+    first = begin(env)
     env.close()
     env.close()
     with pytest.raises(ResetNeeded):
         env.step(WAIT_ACTION)
-    assert_equal(env.reset(seed=0), first)
-    env.close()
+    assert_equal(begin(env), first)
 
 
 # Vectors of environments.
 
 
 @needs_libero
-def test_processes_give_what_one_process_gives():
-    pytest.importorskip("libero", reason="needs the extra `libero`")
-    actions = random_actions(2).reshape(1, 2, 7)
-
-    def episode(mode, **vector_kwargs):
-        envs = gym.make_vec(
-            "LIBERO-v0",
-            num_envs=2,
-            vectorization_mode=mode,
-            vector_kwargs=vector_kwargs,
-            tasks=(0,),
-            image_size=32,
-            settle_steps=1,
-        )
-        try:
-            return [envs.reset(seed=[3, 4]), *[envs.step(action) for action in actions]]
-        finally:
-            envs.close()
-
-    together, apart = episode("sync"), episode("async", context="spawn")
-    assert_equal([row[0] for row in together], [row[0] for row in apart])
-    for mine, theirs in zip(together, apart, strict=True):
-        for key in ("init_state_id", "fixture_seed", "frame_index", "instruction", "success"):
-            np.testing.assert_array_equal(mine[-1][key], theirs[-1][key])
-    assert (together[1][0]["image"][0] != together[1][0]["image"][1]).any()
-
-
-# Construction.
-
-
-@needs_libero
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"suite": "libero_nowhere"}, "suite='libero_nowhere' is unknown"),
-        ({"suite": "libero_object_swap"}, "no published step limit: give max_steps"),
-        ({"tasks": (10,)}, r"tasks=\(10,\): libero_object has tasks 0\.\.\.9"),
-        ({"tasks": ()}, r"tasks=\(\)"),
-        ({"image_size": 0}, "image_size=0"),
-        ({"image_size": (481, 84)}, r"from 1 to \(480, 640\)"),
-        ({"cameras": ("wrist",)}, "cameras="),
-        ({"action_chunk": 0}, "action_chunk=0"),
-        ({"split": "test"}, r"split='test': allowed are \('all', 'train', 'held_out'\)"),
-        ({"max_steps": 0}, "max_steps=0"),
-        ({"settle_steps": -1}, "settle_steps=-1"),
-        ({"max_simulators": 0}, "max_simulators=0"),
-        ({"render_mode": "human"}, "render_mode='human'"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(**arguments)
-
-
-def test_without_libero_the_extra_is_named(monkeypatch):
-    simulator._benchmark.cache_clear()
-    monkeypatch.setitem(sys.modules, "libero.libero.benchmark", None)
-    monkeypatch.setitem(sys.modules, "libero", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'wmgym\[libero\]'"):
-        LiberoEnv()
-
-
-WITHOUT_GL = """
-import ctypes, ctypes.util
-find, load = ctypes.util.find_library, ctypes.CDLL.__init__
-def refuse(self, name, *args, **kwargs):
-    if "OSMesa" in str(name):
-        raise OSError(name)
-    return load(self, name, *args, **kwargs)
-ctypes.CDLL.__init__ = refuse
-ctypes.util.find_library = lambda name: None if name == "OSMesa" else find(name)
-from wmgym.envs.libero import LiberoEnv
-LiberoEnv(tasks=(0,)).reset()
-"""
-
-
-@needs_libero
-def test_without_opengl_the_system_package_is_named():
-    pytest.importorskip("libero", reason="needs the extra `libero`")
-    environment = {**os.environ, "MUJOCO_GL": "osmesa"}
-    environment.pop("PYOPENGL_PLATFORM", None)
-    command = [sys.executable, "-c", WITHOUT_GL]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "RuntimeError: MuJoCo found no OpenGL library with MUJOCO_GL='osmesa'" in done.stderr
-    assert "libosmesa6" in done.stderr
+@pytest.mark.parametrize(("mode", "how"), [("sync", {}), ("async", {"context": "spawn"})])
+def test_rows_of_a_vector_are_single_environments(env, mode, how):
+    seeds = [3, 4] if mode == "async" else [3]
+    actions = random_actions(2 * len(seeds)).reshape(2, len(seeds), 7)
+    settings = {"tasks": (0,), "image_size": 84, "settle_steps": 5}
+    envs = gym.make_vec("LIBERO-v0", len(seeds), mode, vector_kwargs=how, **settings)
+    try:
+        rows = [envs.reset(seed=seeds), *[envs.step(action) for action in actions]]
+    finally:
+        envs.close()
+    for row, seed in enumerate(seeds):
+        alone = [env.reset(seed=seed, options={"task_id": 0})]
+        alone += [env.step(action[row]) for action in actions]
+        for (observation, *_, info), (mine, *_, my_info) in zip(rows, alone, strict=True):
+            assert_equal({key: value[row] for key, value in observation.items()}, mine)
+            assert {key: info[key][row] for key in my_info} == my_info

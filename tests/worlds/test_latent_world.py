@@ -85,9 +85,9 @@ def test_after_the_horizon_the_last_imagined_frame_is_the_context(exact):
     frames, proprio, actions = tiny.rows(2, 2 * tiny.HORIZON)
     _, whole = imagine(exact, frames, proprio, actions)
     _, first = imagine(exact, frames, proprio, actions[:, : tiny.HORIZON])
-    again = imagine(
-        exact, first.frames[:, -2:], first.proprio[:, -2:], actions[:, tiny.HORIZON :]
-    )[1]
+    again = imagine(exact, first.frames[:, -2:], first.proprio[:, -2:], actions[:, tiny.HORIZON :])[
+        1
+    ]
     torch.testing.assert_close(again.frames, whole.frames[:, tiny.HORIZON :], atol=1e-5, rtol=0)
     torch.testing.assert_close(again.proprio, whole.proprio[:, tiny.HORIZON :], atol=1e-5, rtol=0)
 
@@ -241,16 +241,17 @@ def test_an_untrained_world_almost_copies():
 
 
 def test_redrawing_is_decoding_what_was_encoded(exact):
-    frames, _, _ = tiny.rows(3, 1)
-    more = tiny.rows(3, 1, seed=1)[0]
+    frames, proprio, _ = tiny.rows(3, 1)
+    more, later, _ = tiny.rows(3, 1, seed=1)
     tokenizer = exact.model.tokenizer
-    drawn = exact.redraw(frames[:, 0], more)
+    drawn = exact.redraw(frames[:, 0], more, torch.cat([proprio[:, :1], later], 1))
     assert drawn.shape == (3, 2, 3, tiny.SIZE, tiny.SIZE)
     assert not drawn.requires_grad
     seen = tokenizer.look(frames[:, 0])
     for t in range(2):
         latents = tokenizer.encode(tokenizer.look(more[:, t]), seen)
-        expected = tokenizer.decode(latents, seen, frames[:, 0]).clamp(0, 1)
+        pose = exact.model.dynamics.pose(proprio[:, 0], later[:, t])
+        expected = tokenizer.decode(latents, pose, seen, frames[:, 0]).clamp(0, 1)
         torch.testing.assert_close(drawn[:, t], expected, atol=1e-5, rtol=0)
 
 
@@ -275,7 +276,9 @@ def test_start_refuses_wrong_shapes(exact, frames, proprio):
         exact.start(torch.zeros(frames), torch.zeros(proprio))
 
 
-@pytest.mark.parametrize("shape", [(2, 7), (1, 3, 7), (3, 3, 7), (2, 3, 6), (2, 0, 7), (2, 1, 3, 7)])
+@pytest.mark.parametrize(
+    "shape", [(2, 7), (1, 3, 7), (3, 3, 7), (2, 3, 6), (2, 0, 7), (2, 1, 3, 7)]
+)
 def test_step_refuses_wrong_shapes(exact, shape):
     state = exact.start(*tiny.rows(2, 1)[:2])
     with pytest.raises(ValueError, match=r"expected \(2, T, 7\)"):

@@ -12,6 +12,7 @@ from wmgym.worlds.layers import (
     TokenBlock,
     from_patches,
     merge,
+    modulate,
     split,
     to_patches,
     warp,
@@ -102,6 +103,28 @@ def test_token_block_needs_memory_where_it_crosses_over():
     assert not torch.equal(block(x, memory), block(x, memory + 1 * noise(2, 7, 8, seed=2)))
     alone = TokenBlock(8, 2, cross=False)
     assert torch.equal(alone(x, memory), alone(x))
+
+
+@pytest.mark.parametrize(
+    "block", [TokenBlock(8, 2, cross=False, conditioned=True), GridBlock(8, condition=8)]
+)
+def test_a_condition_changes_its_own_row(block):
+    x, condition = noise(2, 4, 8), noise(2, 8, seed=1)
+    with pytest.raises(ValueError, match="condition"):
+        block(x)
+    other = condition.clone()
+    other[1] += 1
+    one, two = block(x, condition=condition), block(x, condition=other)
+    assert torch.equal(one[0], two[0])
+    assert not torch.equal(one[1], two[1])
+
+
+def test_modulation_scales_and_shifts_each_feature():
+    x, scale, shift = noise(2, 4, 3), noise(2, 3, seed=1), noise(2, 3, seed=2)
+    assert torch.equal(modulate(x, 0 * scale, 0 * shift), x)
+    modulated = modulate(x, scale, shift)
+    for row in range(2):
+        torch.testing.assert_close(modulated[row], x[row] * (1 + scale[row]) + shift[row])
 
 
 def test_grid_block_sees_the_eight_neighbours_of_a_token_and_no_more():

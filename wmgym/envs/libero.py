@@ -108,11 +108,10 @@ class LiberoEnv(gym.Env):
             raise ValueError(f"split={split!r}: allowed are {SPLITS}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r}: allowed are None and 'rgb_array'")
-        if settle_steps < 0 or max_simulators < 1:
-            raise ValueError(
-                f"settle_steps={settle_steps}, max_simulators={max_simulators}: "
-                "must be at least 0 and 1"
-            )
+        if settle_steps < 0:
+            raise ValueError(f"settle_steps={settle_steps}: must be at least 0")
+        if max_simulators < 1:
+            raise ValueError(f"max_simulators={max_simulators}: must be at least 1")
         self.image_size = _image_size(image_size)
         self.cameras = tuple(cameras)
         self.observation_space = observation_space(self.image_size, self.cameras)
@@ -127,9 +126,7 @@ class LiberoEnv(gym.Env):
         self._max_simulators = max_simulators
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._episode: dict[str, Any] = {}
-        self._frame_index = 0
-        self._running = False
-        self._warned = False
+        self._frame_index, self._running, self._warned = 0, False, False
         self._image: NDArray[np.uint8] | None = None
 
     @property
@@ -137,7 +134,7 @@ class LiberoEnv(gym.Env):
         """The simulator of the current episode.
 
         Raises:
-            ResetNeeded: Before the first reset, or after `close`.
+            ResetNeeded: Before the first reset, or after one that failed, or after `close`.
         """
         if not self._episode:
             raise ResetNeeded("there is no simulator before the first reset()")
@@ -166,19 +163,20 @@ class LiberoEnv(gym.Env):
             ValueError: An unknown option, or one outside of what is allowed.
         """
         super().reset(seed=seed)
-        self._running = False
+        self._running, self._episode = False, {}
         request = dict(options or {})
         unknown = sorted(set(request) - set(OPTIONS))
         if unknown:
             raise ValueError(f"unknown reset options {unknown}: allowed are {list(OPTIONS)}")
+        # Drawn before the task, so that a seed gives the same ones for any choice of tasks.
+        fixture_seed = int(self.np_random.integers(2**31))
+        position = self.np_random.random()
         task_id = int(self.np_random.choice(self.tasks))
         if "task_id" in request:
             task_id = _chosen("task_id", request["task_id"], self.tasks)
         stored = initial_states(self.suite, task_id)
         allowed = self._init_state_ids(task_id, len(stored))
-        init_state_id = int(self.np_random.choice(allowed))
-        fixture_seed = int(self.np_random.integers(2**31))
-        given = request.get("init_state", init_state_id)
+        given = request.get("init_state", allowed[int(position * len(allowed))])
         if np.ndim(given) == 0:
             init_state_id = _chosen("init_state", given, allowed)
             state = stored[init_state_id]
@@ -214,12 +212,11 @@ class LiberoEnv(gym.Env):
         """
         if not self._running:
             raise ResetNeeded("no episode is running: call reset() first")
-        simulator = self.simulator
         success = False
         for row in self._checked(action).reshape(-1, ACTION_DIM):
-            simulator.step(row)
+            self.simulator.step(row)
             self._frame_index += 1
-            success = simulator.success
+            success = self.simulator.success
             if success or self._frame_index >= self.max_steps:
                 self._running = False
                 break
@@ -245,17 +242,15 @@ class LiberoEnv(gym.Env):
             self._simulators.popitem()[1].close()
 
     def _init_state_ids(self, task_id: int, count: int) -> list[int]:
-        in_split = {
-            "all": range(count),
-            "train": [i for i in range(count) if i not in HELD_OUT_INIT_STATES],
-            "held_out": [i for i in range(count) if i in HELD_OUT_INIT_STATES],
-        }[self.split]
-        if not in_split:
+        held_out = [i for i in range(count) if i in HELD_OUT_INIT_STATES]
+        train = [i for i in range(count) if i not in HELD_OUT_INIT_STATES]
+        ids = {"all": list(range(count)), "train": train, "held_out": held_out}[self.split]
+        if not ids:
             raise ValueError(
                 f"split={self.split!r}: {self.suite} task {task_id} stores {count} initial states, "
                 "none of them in this split; use split='all'"
             )
-        return list(in_split)
+        return ids
 
     def _start(self, task_id: int, state: NDArray[np.float64], fixture_seed: int) -> None:
         if not np.isfinite(state).all():
@@ -269,13 +264,10 @@ class LiberoEnv(gym.Env):
         if task_id not in self._simulators:
             while len(self._simulators) >= self._max_simulators:
                 self._simulators.popitem(last=False)[1].close()
+            size, fast = self.image_size, self._fast_rendering
             with _explained_gl_errors():
-                self._simulators[task_id] = Simulator(
-                    self.suite,
-                    task_id,
-                    image_size=self.image_size,
-                    fast_rendering=self._fast_rendering,
-                )
+                simulator = Simulator(self.suite, task_id, image_size=size, fast_rendering=fast)
+            self._simulators[task_id] = simulator
         self._simulators.move_to_end(task_id)
         return self._simulators[task_id]
 
@@ -291,16 +283,15 @@ class LiberoEnv(gym.Env):
         return clipped
 
     def _observe(self) -> dict[str, Any]:
-        images = {camera: self.simulator.render(camera) for camera in self.cameras}
-        self._image = images["agentview"]
-        observation = {"image": images["agentview"].copy()}
-        if "wrist" in images:
-            observation["wrist_image"] = images["wrist"]
+        self._image = self.simulator.render("agentview")
+        observation = {"image": self._image.copy()}
+        if "wrist" in self.cameras:
+            observation["wrist_image"] = self.simulator.render("wrist")
         return {**observation, "proprio": self.simulator.proprio()}
 
     def _info(self) -> dict[str, Any]:
-        success = self.simulator.success
-        return {**self._episode, "frame_index": self._frame_index, "success": success}
+        solved = self.simulator.success
+        return {**self._episode, "frame_index": self._frame_index, "success": solved}
 
 
 def _image_size(size: int | tuple[int, int]) -> tuple[int, int]:

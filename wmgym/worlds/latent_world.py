@@ -7,8 +7,9 @@ its place, and so on for as long as one likes.
 Exactness. A pass always covers the whole horizon with the actions so far, attention is causal, and
 frames are drawn one by one from the context, so that a chunk asked for at once and step by step is
 the same up to the rounding of the matrix products. Rows never mix, and those that are at different
-steps are computed apart. A single row is computed as two equal ones, because matrix products of one
-row sum in another order than those of many.
+steps are computed apart. Rows are filled up to a multiple of four: float32 matrix products of the
+library on a CPU sum in the same order for any such number of rows, with one thread or with many,
+and in another for a few rows that are not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
 from wmgym.worlds.world import Prediction, WorldState, select_rows
 
 _ROWS_PER_PASS = 16
+_ROWS_FILLED_TO = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -257,10 +259,10 @@ class LatentWorld:
     def _predict(self, state: LatentState, actions: Tensor, slots: Tensor) -> Prediction:
         """Frames and proprioception after the actions in `slots` `(b, T)`."""
         batch, count = slots.shape
-        if batch == 1:
-            twice = torch.zeros(2, dtype=torch.int64, device=self.device)
-            both = self._predict(select_rows(state, twice), actions[twice], slots[twice])
-            return Prediction(both.frames[:1], both.proprio[:1])
+        if batch % _ROWS_FILLED_TO:
+            rows = self._filled(batch)
+            filled = self._predict(select_rows(state, rows), actions[rows], slots[rows])
+            return Prediction(filled.frames[:batch], filled.proprio[:batch])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             latents, proprio = self.model.dynamics(state.coarse, state.proprio, actions)
             rows = torch.arange(batch, device=self.device)[:, None]
@@ -280,10 +282,16 @@ class LatentWorld:
         count = now.shape[1]
         return self.model.dynamics.pose(before.repeat_interleave(count, 0), now.flatten(0, 1))
 
+    def _filled(self, batch: int) -> Tensor:
+        """Row numbers `0 ... batch - 1`, the last repeated up to a multiple of four."""
+        full = -(-batch // _ROWS_FILLED_TO) * _ROWS_FILLED_TO
+        return torch.arange(full, device=self.device).clamp(max=batch - 1)
+
     def _look(self, frames: Tensor) -> Features:
-        if len(frames) == 1:
-            features = self._look(frames.expand(2, -1, -1, -1))
-            return Features(features.fine[:1], features.coarse[:1])
+        batch = len(frames)
+        if batch % _ROWS_FILLED_TO:
+            filled = self._look(frames[self._filled(batch)])
+            return Features(filled.fine[:batch], filled.coarse[:batch])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             parts = [self.model.tokenizer.look(part) for part in frames.split(_ROWS_PER_PASS)]
         return Features(

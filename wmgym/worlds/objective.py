@@ -39,7 +39,7 @@ class LossWeights:
         proprio: Weight of the proprioception's error, in standard deviations of its change.
     """
 
-    motion: float = 10.0
+    motion: float = 30.0
     lpips: float = 0.15
     latent: float = 0.05
     proprio: float = 0.05

@@ -39,7 +39,7 @@ from wmgym.worlds.layers import (
 )
 
 _STAY, _MOVE, _PAINT = 0, 1, 2
-_AT_FIRST = {_STAY: 2.0, _MOVE: 0.0, _PAINT: -1.0}
+_AT_FIRST = {_STAY: 0.0, _MOVE: 2.0, _PAINT: -1.0}
 _FLOW_UNIT = 8.0
 _CHANNELS = 8
 
@@ -137,11 +137,14 @@ class ContextTokenizer(nn.Module):
         )
         self.draw_norm = nn.LayerNorm(fine)
         self.draw = nn.Linear(fine, _CHANNELS * area)
-        self._start_by_staying()
+        self._start_by_copying()
 
-    def _start_by_staying(self) -> None:
-        """An untrained decoder returns the context frame: the baseline is where learning starts."""
-        nn.init.normal_(self.draw.weight, std=0.01)
+    def _start_by_copying(self) -> None:
+        """An untrained decoder nearly returns the context frame, by moving it nowhere.
+
+        Copying is the baseline, and by this way to it the flows learn from the first step on.
+        """
+        nn.init.normal_(self.draw.weight, std=0.003)
         nn.init.zeros_(self.draw.bias)
         with torch.no_grad():
             for channel, logit in _AT_FIRST.items():

@@ -1,0 +1,99 @@
+"""The examples run end to end, and what they train gets better."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import ToyDataset, ToyWorld
+
+FOLDER = Path(__file__).parents[2] / "examples"
+TRAINERS = ("ppo_cleanrl", "ppo_sb3")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toy():
+    """The toy world from one start only, so that there is something to learn by heart."""
+    return {
+        "world": ToyWorld(),
+        "dataset": ToyDataset(),
+        "tasks": None,
+        "starts": lambda rng, episodes: (0, 0),
+        "reward_weights": {"lpips": 0.0},
+    }
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_reward_rises(name, toy, capsys):
+    if name == "ppo_sb3":
+        pytest.importorskip("stable_baselines3")
+    example = load(name)
+    args = example.Args(iterations=15, num_envs=16, learning_rate=2e-3)
+    history = example.main(args, **toy)
+    assert len(history) == 15
+    assert max(history) < 0
+    assert np.mean(history[-5:]) > 0.8 * np.mean(history[:5])
+    *lines, comparison = capsys.readouterr().out.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["episodic_reward"] for line in told] == [round(r, 4) for r in history]
+    assert told[-1]["steps"] == 15 * 16 * args.num_steps
+    assert comparison.startswith("mean episodic R3: -0.")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_equal_seeds_train_equally(name, toy):
+    if name == "ppo_sb3":
+        pytest.importorskip("stable_baselines3")
+    example = load(name)
+    args = example.Args(iterations=2, num_envs=4, num_steps=8, seed=3)
+    history = example.main(args, **toy)
+    assert example.main(args, **toy) == history
+    args.seed = 4
+    assert example.main(args, **toy) != history
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trains_in_the_shipped_world(name):
+    if name == "ppo_sb3":
+        pytest.importorskip("stable_baselines3")
+    example = load(name)
+    history = example.main(example.Args(iterations=2, num_envs=2, num_steps=8))
+    assert len(history) == 2
+    assert np.isfinite(history).all()
+    assert max(history) < 0
+
+
+def test_groups(toy, capsys):
+    example = load("group_rollouts")
+    args = example.Args(groups=2, members=4, chunks=2)
+    rewards = example.main(args, **toy)
+    assert rewards.shape == (2, 2, 4)
+    torch.testing.assert_close(rewards[:, :, 0], torch.zeros(2, 2), rtol=0, atol=0)
+    assert (rewards[:, :, 1:] < 0).all()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / "quickstart.py"))
+    instruction, *steps = capsys.readouterr().out.splitlines()
+    assert "basket" in instruction
+    assert len(steps) == 8
+    assert all(float(step.split()[0]) == 0 for step in steps)
+    with Image.open("quickstart.png") as image:
+        assert image.width == 2 * image.height
