@@ -214,6 +214,13 @@ def test_a_tensor_of_another_shape_is_named(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(folder, value):
+    edit_weights(folder, lambda t: t["tokenizer.embed.bias"][3:4].fill_(value))
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in \['tokenizer.embed.bias'\]"):
+        load_model(folder)
+
+
 def test_weights_of_another_shape_than_the_config_says(folder):
     edit_config(folder, slots=3)
     with pytest.raises(CheckpointError, match=r"tokenizer.slots: \(2, 32\) instead of \(3, 32\)"):

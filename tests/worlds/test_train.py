@@ -118,21 +118,24 @@ def test_validation_scores_are_those_of_the_averaged_weights(finished, tiny_data
         assert logged[name] == pytest.approx(values.mean().item(), abs=2e-4), name
 
 
-def test_it_learns(tmp_path, tiny_dataset):
-    settings = config(tiny_dataset, tmp_path, steps=150, ema=0.9, learning_rate=4e-3)
+def test_it_learns_a_few_windows_by_heart(tmp_path):
+    data = tiny.write_dataset(tmp_path, length=tiny.HORIZON + 1)
+    out = tmp_path / "run"
+    settings = config(data, out, steps=80, warmup=10, learning_rate=0.01, ema=0.9, save_every=80)
     train(settings, progress=False)
-    cache = FrameCache.open(tmp_path / "cache" / "train")
-    batch = Windows(cache, tiny.HORIZON, 99, CPU).batch(0, 24, ALONE)
+    cache = FrameCache.open(out / "cache" / "train")
+    batch = Windows(cache, tiny.HORIZON, 99, CPU).batch(0, 6, ALONE)
     lpips = LPIPS()
     terms = []
-    for model in (new_run(settings, cache, CPU).model, load_model(tmp_path / "world")):
+    for model in (new_run(settings, cache, CPU).model, load_model(out / "world")):
         with torch.no_grad():
             terms.append(Objective(model, settings.loss, lpips, ALONE.mean)(batch)[1])
     before, after = terms
     assert after["imagined_l1"] < 0.7 * before["imagined_l1"]
-    assert after["redrawn_l1"] < 0.7 * before["redrawn_l1"]
-    assert after["imagined_lpips"] < 0.9 * before["imagined_lpips"]
-    assert after["proprio"] < 0.9 * before["proprio"]
+    assert after["redrawn_l1"] < 0.5 * before["redrawn_l1"]
+    assert after["imagined_lpips"] < 0.5 * before["imagined_lpips"]
+    assert after["proprio"] < 0.8 * before["proprio"]
+    assert after["latent"] < 0.1 * before["latent"]
 
 
 def test_units_come_from_the_training_episodes(finished):
@@ -257,7 +260,7 @@ def test_learning_rate_rises_linearly_and_falls_to_two_per_cent(tmp_path):
     assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert rates[55] == pytest.approx(0.51)
     assert rates[100] == pytest.approx(0.02)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert (np.diff(rates[10:]) < 0).all()
 
 
 def test_the_average_moves_by_its_decay_and_copies_buffers():
@@ -315,7 +318,7 @@ def test_validation_does_not_change_the_model(finished, tiny_dataset):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny_dataset, tmp_path):
     settings = config(tiny_dataset, tmp_path, learning_rate=1e30, warmup=0, steps=9, save_every=9)
-    with pytest.raises(FloatingPointError, match=r"gradient of step \d+ is not finite.*learning_r"):
+    with pytest.raises(FloatingPointError, match=r"of step \d+ is (nan|inf); lower learning_rate"):
         train(settings, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 

@@ -119,7 +119,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Fills a module from a safetensors file whose keys and shapes must match exactly.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or keys or shapes differ.
+        CheckpointError: The file is missing or damaged, keys or shapes differ, or a value is not
+            finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -140,6 +141,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(
             f"{path} does not fit its config: missing {missing}, unknown {unknown}, shapes {other}"
         )
+    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(f"{path} has NaN or infinity in {broken[:5]}")
     model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in tensors.items()})
 
 

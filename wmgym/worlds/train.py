@@ -12,6 +12,7 @@ look beyond it, at LPIPS in `wmgym.rewards`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -219,7 +220,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         shape = read_shape(world_folder(config.init_from))
         config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
-    with processes(config.device) as here:
+    with processes(config.device) as here, contextlib.ExitStack() as opened:
         train_cache, validation_cache = _caches(config, here, progress)
         run = new_run(config, train_cache, here.device)
         checkpoint = config.out / "checkpoint.pt"
@@ -234,8 +235,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         horizon = run.model.config.dynamics.horizon
         windows = Windows(train_cache, horizon, config.seed, here.device)
         held = Windows(validation_cache, horizon, config.seed, here.device)
-        log = _Log(config.out) if here.main else None
-        bar = tqdm(total=config.steps, initial=run.step, disable=not (progress and here.main))
+        log = None
+        if here.main:
+            log = opened.enter_context(contextlib.closing(_Log(config.out)))
+        quiet = not (progress and here.main)
+        bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
         began = time.monotonic()
         while run.step < config.steps:
             figures = _step(run, objective, windows, config, here)
@@ -248,7 +252,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             if log is not None and (step % config.validate_every == 0 or last):
                 scores = validate(run.average, held, lpips, config)
                 log.write(step, "validation", scores)
-                if not bar.disable:
+                if not quiet:
                     bar.write(f"step {step}: {scores}")
                 world = LatentWorld(run.average, name=config.out.name, device=here.device)
                 film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
@@ -256,9 +260,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
                 _keep(config, run)
                 run.save(checkpoint)
             here.wait()
-        bar.close()
-        if log is not None:
-            log.close()
     return config.out / "world"
 
 
@@ -314,16 +315,21 @@ def _step(
     batch = windows.batch(run.step, config.batch_size, here)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss, terms = objective(batch)
+    _check_finite(loss, "loss", run.step)  # PyTorch's grid_sample crashes going back from NaN
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient of step {run.step} is not finite (loss {float(loss)}); "
-            "lower learning_rate, or train with bfloat16=False"
-        )
+    _check_finite(norm, "gradient", run.step)
     run.optimizer.step()
     run.step += 1
     update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}
+
+
+def _check_finite(value: Tensor, name: str, step: int) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train with "
+            "bfloat16=False"
+        )
