@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that tests share `toy` and `tiny`, and what they share of them."""
+"""Puts this folder on the path, so that tests share `toy` and `tiny`; fixtures made of them."""
 
 from __future__ import annotations
 

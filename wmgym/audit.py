@@ -56,7 +56,7 @@ class AuditConfig:
 
     data: tuple[Path, ...]
     out: Path
-    starts: int = 150
+    starts: int = 300
     horizon: int = 8
     seed: int = 0
     workers: int = 2

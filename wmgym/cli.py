@@ -174,7 +174,7 @@ class Audit:
     """The report; audit.json in the world's folder without. Plots go beside it as PNG."""
     work: Path = Path("runs/audit")
     """Real rollouts are kept here and not repeated."""
-    starts: int = 150
+    starts: int = 300
     """Held-out starts per dataset."""
     seed: int = 0
     """Seed of starts and noise."""

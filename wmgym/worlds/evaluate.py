@@ -144,17 +144,18 @@ def _score(
     context, real = frames[:, :1], frames[:, 1:].flatten(0, 1)
     state = world.start(context.expand(-1, 2, -1, -1, -1), proprio[:, :2])
     _, imagined = world.step(state, actions)
+    redrawn = world.redraw(context[:, 0], frames[:, 1:], proprio[:, 1:])
     pictures = {
-        "": imagined.frames.flatten(0, 1),
+        "": imagined.frames.flatten(0, 1).cpu(),
         "copy_": context.expand(-1, horizon, -1, -1, -1).flatten(0, 1),
-        "tokenizer_": world.redraw(context[:, 0], frames[:, 1:], proprio[:, 1:]).flatten(0, 1),
+        "tokenizer_": redrawn.flatten(0, 1).cpu(),
     }
     scores = {
         prefix + name: values.view(-1, horizon)
         for prefix, drawn in pictures.items()
         for name, values in compare(drawn, real, lpips).items()
     }
-    off = imagined.proprio[..., :3] - proprio[:, 2:, :3]
+    off = imagined.proprio[..., :3].cpu() - proprio[:, 2:, :3]
     return {**scores, "position_error_mm": off.norm(dim=-1) * 1000}
 
 

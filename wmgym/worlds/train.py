@@ -330,6 +330,6 @@ def _step(
 def _check_finite(value: Tensor, name: str, step: int) -> None:
     if not torch.isfinite(value):
         raise FloatingPointError(
-            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train with "
-            "bfloat16=False"
+            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train "
+            "with bfloat16=False"
         )

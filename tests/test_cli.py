@@ -1,0 +1,188 @@
+"""The command line: help, reports, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from wmgym import cli
+from wmgym.audit import AuditConfig
+from wmgym.bench import BenchConfig
+from wmgym.data import LeRobotDataset
+from wmgym.demo import DemoConfig
+from wmgym.experts.recorder import RecordConfig
+from wmgym.worlds.checkpoints import load_model, shipped_worlds
+from wmgym.worlds.train import TrainConfig
+
+COMMANDS = (cli.Demo, cli.Record, cli.Train, cli.Evaluate, cli.Audit, cli.Bench, cli.Subset)
+
+
+@pytest.fixture
+def wmgym(monkeypatch, capsys):
+    """Runs a command line in this process: exit code (or message), stdout, stderr."""
+
+    def run(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["wmgym", *map(str, arguments)])
+        try:
+            cli.main()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_names_every_command(wmgym):
+    code, out, _ = wmgym("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command.__name__.lower() in out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__.lower())
+def test_help_of_a_command_names_every_option(command, wmgym):
+    code, out, _ = wmgym(command.__name__.lower(), "--help")
+    assert code == 0
+    for field in dataclasses.fields(command):
+        assert field.name.replace("_", "-") in out
+
+
+@pytest.mark.parametrize(
+    ("command", "configuration"),
+    [
+        (cli.Demo, DemoConfig),
+        (cli.Record, RecordConfig),
+        (cli.Train, TrainConfig),
+        (cli.Audit, AuditConfig),
+        (cli.Bench, BenchConfig),
+    ],
+    ids=lambda c: c.__name__,
+)
+def test_defaults_are_those_of_what_a_command_configures(command, configuration):
+    theirs = {field.name: field.default for field in dataclasses.fields(configuration)}
+    ours = {field.name: field.default for field in dataclasses.fields(command)}
+    shared = theirs.keys() & ours.keys() - {"out"}
+    assert len(shared) > 2
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "wmgym"]
+    options = {"capture_output": True, "text": True, "timeout": 120}
+    shown = subprocess.run([*command, "--help"], check=True, **options)
+    assert "evaluate" in shown.stdout
+    missing = [*command, "subset", "--data", tmp_path / "absent", "--out", tmp_path / "out"]
+    failed = subprocess.run(missing, **options)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("wmgym: ")
+    assert failed.stderr.count("\n") == 1
+    assert str(tmp_path / "absent") in failed.stderr
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def test_subset_copies_what_was_asked_for(wmgym, tiny_dataset, tmp_path):
+    out = tmp_path / "small"
+    code, printed, _ = wmgym("subset", "--data", tiny_dataset, "--out", out, "--per-task", 1)
+    assert code == 0
+    assert printed == f"4 episodes in {out}\n"
+    dataset = LeRobotDataset(out)
+    assert [info.init_state_id for info in dataset.episodes] == [0, 25, 40, 41]
+    assert dataset.read(0).sim_states is not None
+    assert dataset.keys.wrist_image is None
+    kept = tmp_path / "wrist"
+    options = ("--per-task", 0, "--wrist", "--no-sim-states")
+    assert wmgym("subset", "--data", tiny_dataset, "--out", kept, *options)[0] == 0
+    assert LeRobotDataset(kept).read(0, wrist=True).wrist_images is not None
+    assert LeRobotDataset(kept).read(0).sim_states is None
+
+
+def test_evaluate_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, tiny_world, tmp_path):
+    report = tmp_path / "report.json"
+    line = ("evaluate", "--data", tiny_dataset, "--world", tiny_world, "--out", report)
+    options = ("--windows", 3, "--seed", 4)
+    code, printed, _ = wmgym(*line, *options)
+    assert code == 0
+    assert f"wrote {report}" in printed
+    figures = json.loads(report.read_text())
+    assert figures["seed"] == 4
+    assert figures["command"] == " ".join(map(str, ("wmgym", *line, *options)))
+    assert figures["datasets"]["tiny"]["windows"] == 3
+    for name in ("psnr", "ssim", "lpips", "mse"):
+        for prefix in ("", "copy_", "tokenizer_"):
+            assert prefix + name in figures
+            assert len(figures["per_step"][prefix + name]) == 8
+    for shown in ("tiny", "world", "copy", "tokenizer", f"psnr {figures['psnr']:.4f}"):
+        assert shown in printed
+
+
+def test_evaluate_reports_beside_the_world(wmgym, tiny_dataset, tiny_world):
+    code, _, _ = wmgym("evaluate", "--data", tiny_dataset, "--world", tiny_world, "--windows", 1)
+    assert code == 0
+    report = tiny_world / "report.json"
+    assert json.loads(report.read_text())["version"]
+    report.unlink()
+
+
+def test_train_goes_on_from_a_world(wmgym, tiny_dataset, tiny_world, tmp_path):
+    options = ("--init-from", tiny_world, "--steps", 2, "--batch-size", 2, "--device", "cpu")
+    line = ("train", "--data", tiny_dataset, "--out", tmp_path / "run", *options)
+    code, printed, _ = wmgym(*line)
+    assert code == 0
+    assert f"trained {tmp_path / 'run' / 'world'}" in printed
+    assert load_model(tmp_path / "run" / "world").config == load_model(tiny_world).config
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+WRONG = {
+    "unknown world": ("evaluate --data DATA --world nothing", str(shipped_worlds())),
+    "no world": ("evaluate --data DATA --world EMPTY", "config.json"),
+    "no data": ("evaluate --data EMPTY --world WORLD", "info.json"),
+    "out exists": ("subset --data DATA --out EMPTY", "exists"),
+    "negative": ("subset --data DATA --out NEW --per-task -1", "per_task=-1"),
+    "unknown suite": ("record --suite libero_kitchen --out NEW", "suite='libero_kitchen'"),
+    "no steps": ("train --data DATA --out NEW --steps 0", "steps"),
+    "no such device": ("train --data DATA --out NEW --init-from WORLD --device tpu", "'tpu'"),
+    "diverging": (
+        "train --data DATA --out NEW --init-from WORLD --learning-rate 1e30 --warmup 0",
+        "lower learning_rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_goes_wrong_is_said_in_one_line(name, wmgym, tiny_dataset, tiny_world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    paths = {"DATA": tiny_dataset, "WORLD": tiny_world}
+    paths |= {"EMPTY": tmp_path / "empty", "NEW": tmp_path / "new"}
+    line, reason = WRONG[name]
+    code, _, _ = wmgym(*(paths.get(word, word) for word in line.split()))
+    assert isinstance(code, str)
+    assert code.startswith("wmgym: ")
+    assert reason in code
+    assert "\n" not in code
+
+
+@pytest.mark.parametrize("line", [(), ("dance",), ("subset",), ("bench", "--num-envs", "many")])
+def test_wrong_usage_exits_with_two(line, wmgym):
+    code, _, printed = wmgym(*line)
+    assert code == 2
+    assert printed
+
+
+def test_an_interruption_ends_without_a_traceback(wmgym, tiny_dataset, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Subset, "run", interrupted)
+    code, _, _ = wmgym("subset", "--data", tiny_dataset, "--out", tmp_path / "x")
+    assert str(code).startswith("wmgym: interrupted")

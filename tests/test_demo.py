@@ -1,0 +1,109 @@
+"""The demonstration and the benchmark on a small world and a small dataset."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from wmgym import assets
+from wmgym.bench import BenchConfig, _timed, bench
+from wmgym.demo import NOISE, RANDOM, REFERENCE, DemoConfig, chunks, demo, kinds
+
+REWARDS = ("R1", "R2", "R3")
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """A dataset in place of the shipped ones."""
+    data = tiny.write_dataset(tmp_path_factory.mktemp("demos"), length=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assets, "asset_path", lambda *parts: data)
+        yield data
+
+
+@pytest.fixture(scope="module")
+def shown(demos, tiny_world, tmp_path_factory):
+    out, lines = tmp_path_factory.mktemp("out") / "videos", []
+    table = demo(DemoConfig(world=str(tiny_world), out=out, starts=3, horizon=4), lines.append)
+    return table, lines, out
+
+
+def test_the_reference_scores_exactly_zero_where_it_must(shown):
+    table, _, _ = shown
+    assert list(table) == kinds()
+    assert table[REFERENCE]["R3"] == 0
+    assert table[REFERENCE]["R1"] == 0
+    assert table[REFERENCE]["R2"] < 0
+
+
+def test_more_noise_is_less_reward(shown):
+    table, _, _ = shown
+    assert [list(row) for row in table.values()] == [list(REWARDS)] * 5
+    for reward in ("R1", "R3"):
+        noisy = [table[kind][reward] for kind in kinds()[1:-1]]
+        assert 0 > noisy[0] > noisy[1] > noisy[2]
+        assert table[RANDOM][reward] < noisy[0]
+
+
+def test_the_table_and_the_videos_are_shown(shown):
+    table, lines, out = shown
+    text = "\n".join(lines)
+    for kind, row in table.items():
+        assert any(line.startswith(kind) and f"{row['R3']:.4f}" in line for line in lines)
+    assert "imagined frames per second" in text
+    videos = sorted(out.glob("*.mp4"))
+    assert len(videos) == 3
+    for video in videos:
+        assert str(video) in text
+        assert video.stat().st_size > 1000
+
+
+def test_chunks_leave_the_reference_alone_and_disturb_the_others():
+    reference = np.random.default_rng(0).uniform(-1, 1, (50 * len(kinds()), 4, 7))
+    reference = reference.astype(np.float32)
+    before = reference.copy()
+    actions = chunks(reference, np.random.default_rng(1))
+    np.testing.assert_array_equal(reference, before)
+    assert np.abs(actions).max() <= 1
+    off = np.abs(actions - reference).reshape(50, len(kinds()), -1).mean((0, 2))
+    assert off[0] == 0
+    assert (np.diff(off[: 1 + len(NOISE)]) > 0).all()
+    assert off[-1] > 0.5
+    np.testing.assert_array_equal(actions, chunks(reference, np.random.default_rng(1)))
+
+
+# --- benchmark ----------------------------------------------------------------------------------
+
+
+def test_a_benchmark_without_the_simulator_reports_rate_and_split(demos, tiny_world):
+    config = BenchConfig(
+        world=str(tiny_world),
+        num_envs=4,
+        group_size=2,
+        action_chunk=4,
+        repeats=2,
+        dtype="float32",
+        device="cpu",
+    )
+    figures = bench(config, libero=False)
+    assert figures["imagined_steps_per_s"] > 0
+    assert len(figures["repeats"]["imagined_steps_per_s"]) == 2
+    assert set(figures["split"]) == {"dynamics", "drawing", "lpips", "rest"}
+    assert sum(figures["split"].values()) == pytest.approx(1, abs=1e-3)
+    assert all(share > 0 for share in figures["split"].values())
+    assert (figures["num_envs"], figures["action_chunk"]) == (4, 4)
+    assert "ratio" not in figures
+
+
+def test_timing_adds_up_and_leaves_no_trace():
+    layer, seconds = torch.nn.Linear(2, 2), {"layer": 0.0}
+    x = torch.ones(1, 2)
+    with _timed(layer, "forward", "layer", seconds):
+        first = layer(x)
+        once = seconds["layer"]
+        layer(x)
+    assert 0 < once < seconds["layer"]
+    assert "forward" not in vars(layer)
+    assert torch.equal(layer(x), first)
