@@ -1,6 +1,6 @@
 """The README's picture: one imagined chunk under noisy actions, beside everything it is judged by.
 
-    python examples/picture.py
+python examples/picture.py
 """
 
 from pathlib import Path

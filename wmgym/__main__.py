@@ -1,4 +1,4 @@
-"""`python -m wmgym`, and with several processes `torchrun --nproc-per-node N -m wmgym train ...`."""
+"""`python -m wmgym`; with several processes, `torchrun --nproc-per-node N -m wmgym train ...`."""
 
 from wmgym.cli import main
 
