@@ -101,6 +101,8 @@ class Train:
     """Peak learning rate."""
     warmup: int = 500
     """Steps of linear warm-up."""
+    lead: int = 3
+    """Most chunks imagined before the one trained on; 0 trains on recorded frames only."""
     seed: int = 0
     """Seed of the weights and of the windows."""
     device: str = "auto"
@@ -122,6 +124,7 @@ class Train:
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 warmup=self.warmup,
+                lead=self.lead,
                 seed=self.seed,
                 device=self.device,
                 bfloat16=self.bfloat16,

@@ -16,8 +16,9 @@ from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.worlds import train as module
-from wmgym.worlds.batches import Windows
+from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import CheckpointError, load_model, read_config, save_world
+from wmgym.worlds.latent_world import LatentWorld
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.objective import LossWeights, Objective
 from wmgym.worlds.run import update_average
@@ -99,7 +100,9 @@ def test_validation_scores_are_those_of_the_averaged_weights(finished, tiny_data
     settings = config(tiny_dataset, finished)
     cache = FrameCache.open(finished / "cache" / "validation")
     windows = Windows(cache, tiny.HORIZON, 0, CPU)
-    rows = np.linspace(0, len(windows.sampler) - 1, settings.validation_windows).astype(np.int64)
+    rows = np.linspace(0, len(windows.samplers[0]) - 1, settings.validation_windows).astype(
+        np.int64
+    )
     batch = windows.gather(rows, (tiny.HORIZON,))
     model, target = load_model(finished / "world").eval(), batch.targets[:, 0]
     with torch.no_grad():
@@ -121,7 +124,9 @@ def test_validation_scores_are_those_of_the_averaged_weights(finished, tiny_data
 def test_it_learns_a_few_windows_by_heart(tmp_path):
     data = tiny.write_dataset(tmp_path, length=tiny.HORIZON + 1)
     out = tmp_path / "run"
-    settings = config(data, out, steps=80, warmup=10, learning_rate=0.01, ema=0.9, save_every=80)
+    settings = config(
+        data, out, steps=80, warmup=10, learning_rate=0.01, ema=0.9, save_every=80, lead=0
+    )
     train(settings, progress=False)
     cache = FrameCache.open(out / "cache" / "train")
     batch = Windows(cache, tiny.HORIZON, 99, CPU).batch(0, 6, ALONE)
@@ -245,10 +250,45 @@ def test_shares_of_a_batch_make_up_the_batch(finished):
     shares = [windows.batch(7, 6, Processes(rank, 3, CPU)) for rank in range(3)]
     for rank, share in enumerate(shares):
         assert share.offsets == whole.offsets
-        for name in ("context", "targets", "proprio", "future_proprio", "actions"):
+        for name in ("context", "targets", "proprio", "future_proprio", "lead", "actions"):
             assert torch.equal(getattr(share, name), getattr(whole, name)[rank::3])
     with pytest.raises(ValueError, match="batch_size=6 is not a multiple of the 4 processes"):
         windows.batch(0, 6, Processes(0, 4, CPU))
+
+
+def test_a_lead_is_imagined_before_the_window(finished):
+    """A batch with a lead goes on where the world, rolled out over the lead, has got to."""
+    cache = FrameCache.open(finished / "cache" / "train")
+    windows = Windows(cache, tiny.HORIZON, 0, CPU, 1)
+    model = tiny.model()
+    recorded = windows.gather(np.array([0, 2, 5, 7]), (1, 3), lead=1)
+    batch = go_on(model, recorded)
+    world = LatentWorld(model, name="tiny")
+    state = world.start(recorded.context[:, None].repeat(1, 2, 1, 1, 1), recorded.proprio)
+    _, imagined = world.step(state, recorded.lead)
+    torch.testing.assert_close(batch.context, imagined.frames[:, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.proprio, imagined.proprio[:, -2:], atol=1e-5, rtol=0)
+    assert not torch.equal(batch.context, recorded.context)
+    steps = windows.samplers[1]._steps[[0, 2, 5, 7]] + tiny.HORIZON
+    assert np.array_equal(batch.actions[:, 0].numpy(), cache.actions[steps])
+    assert np.array_equal(batch.future_proprio[:, 0].numpy(), cache.proprio[steps + 1])
+    shown = batch.targets.permute(0, 1, 3, 4, 2).mul(255).round().to(torch.uint8).numpy()
+    assert np.array_equal(shown, np.asarray(cache.frames[steps[:, None] + [1, 3]]))
+
+
+def test_without_a_lead_nothing_is_imagined(finished):
+    windows = Windows(FrameCache.open(finished / "cache" / "train"), tiny.HORIZON, 0, CPU, 1)
+    batch = windows.batch(0, 4, ALONE)
+    assert go_on(tiny.model(), batch).context is batch.context
+    lengths = {windows.batch(step, 4, ALONE, lead=1).lead.shape[1] for step in range(20)}
+    assert lengths == {0, tiny.HORIZON}
+
+
+def test_a_lead_longer_than_the_episodes_is_refused(tiny_dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"lead=9 with chunks of 4 steps.*longest episode"):
+        train(config(tiny_dataset, tmp_path, lead=9), progress=False)
+    with pytest.raises(ValueError, match="lead=-1: allowed"):
+        config(tiny_dataset, tmp_path, lead=-1)
 
 
 # --- the pieces ---------------------------------------------------------------------------------
@@ -306,7 +346,7 @@ def test_pixels_that_move_weigh_more(finished):
 def test_validation_does_not_change_the_model(finished, tiny_dataset):
     model = load_model(finished / "world")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    windows = Windows(FrameCache.open(finished / "cache" / "validation"), 4, 0, CPU)
+    windows = Windows(FrameCache.open(finished / "cache" / "validation"), 4, 0, CPU, 1)
     settings = config(tiny_dataset, finished)
     scores = [validate(model, windows, LPIPS(), settings) for _ in range(2)]
     assert scores[0] == scores[1]

@@ -25,6 +25,7 @@ def config(data: Path, out: Path, **changes) -> TrainConfig:
         "batch_size": 4,
         "learning_rate": 2e-3,
         "warmup": 4,
+        "lead": 1,
         "validation_windows": 6,
         "validate_every": 6,
         "save_every": 5,

@@ -57,6 +57,22 @@ class LatentWorldModel(nn.Module):
             latent=config.tokenizer.latent,
         )
 
+    def imagine_last(
+        self, frame: Tensor, proprio: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The last frame `(B, 3, H, W)` of a chunk, and its last two readings `(B, 2, 8)`.
+
+        Args:
+            frame: `(B, 3, H, W)` context frame in [0, 1].
+            proprio: `(B, 2, 8)` readings before and at the context frame.
+            actions: `(B, T, 7)`, `1 <= T <= horizon`.
+        """
+        context = self.tokenizer.look(frame)
+        latents, readings = self.dynamics(context.coarse, proprio, actions)
+        pose = self.dynamics.pose(proprio[:, -1], readings[:, -1])
+        drawn = self.tokenizer.decode(latents[:, -1], pose, context, frame)
+        return drawn.clamp(0, 1), torch.cat([proprio, readings], 1)[:, -READINGS:]
+
 
 @dataclass(frozen=True)
 class LatentState(WorldState):

@@ -33,7 +33,7 @@ from wmgym.data import FrameCache, LeRobotDataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.worlds.batches import Windows
+from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import load_model, read_shape, save_world, world_folder
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.film import film
@@ -63,6 +63,8 @@ class TrainConfig:
         clip: Largest norm of the gradient.
         ema: Decay of the moving average of the weights.
         loss: Weights of the loss.
+        lead: Most chunks that the network imagines itself before the one it is trained on, so that
+            it learns to go on from its own frames. Grows from 0 over the first half of the run.
         validation_states: Initial states kept apart to watch progress.
         validation_windows: Windows in a validation.
         validate_every: Steps between validations.
@@ -84,6 +86,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     loss: LossWeights = field(default_factory=LossWeights)
+    lead: int = 3
     validation_states: tuple[int, ...] = (25,)
     validation_windows: int = 64
     validate_every: int = 1000
@@ -97,6 +100,8 @@ class TrainConfig:
             raise ValueError("data is empty: name at least one dataset folder")
         if min(self.steps, self.batch_size, self.save_every, self.validate_every) < 1:
             raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
+        if self.lead < 0:
+            raise ValueError(f"lead={self.lead}: allowed are integers >= 0")
         kept = sorted(set(self.validation_states) & set(HELD_OUT_INIT_STATES))
         if kept:
             raise ValueError(f"validation_states has {kept}: 40-49 are held out, for reports only")
@@ -153,24 +158,36 @@ def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
 def validate(
     model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: TrainConfig
 ) -> dict[str, float]:
-    """PSNR and LPIPS of the imagined last frame of evenly spread windows, beside copying."""
-    count = min(config.validation_windows, len(windows.sampler))
-    rows = np.linspace(0, len(windows.sampler) - 1, count).astype(np.int64)
-    figures: dict[str, list[Tensor]] = {"psnr": [], "copy_psnr": [], "lpips": [], "copy_lpips": []}
+    """PSNR and LPIPS of the imagined last frame of evenly spread windows, beside copying.
+
+    Names that begin with `far_` are those of the last frame after `config.lead` more chunks.
+    """
     model.eval()
-    for part in np.array_split(rows, math.ceil(count / 16)):
-        batch = windows.gather(part, (windows.horizon,))
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=config.bfloat16):
-            context = model.tokenizer.look(batch.context)
-            latents, proprio = model.dynamics(context.coarse, batch.proprio, batch.actions)
-            pose = model.dynamics.pose(batch.proprio[:, -1], proprio[:, -1])
-            drawn = model.tokenizer.decode(latents[:, -1], pose, context, batch.context)
-        target = batch.targets[:, -1]
-        figures["psnr"].append(psnr(drawn.clamp(0, 1), target).clamp(max=MAX_PSNR))
-        figures["copy_psnr"].append(psnr(batch.context, target).clamp(max=MAX_PSNR))
-        figures["lpips"].append(lpips(drawn.clamp(0, 1), target))
-        figures["copy_lpips"].append(lpips(batch.context, target))
+    figures = _score(model, windows, lpips, config, 0)
+    if config.lead:
+        far = _score(model, windows, lpips, config, config.lead)
+        figures |= {f"far_{name}": value for name, value in far.items()}
     model.train()
+    return figures
+
+
+def _score(
+    model: LatentWorldModel, windows: Windows, lpips: LPIPS, config: TrainConfig, lead: int
+) -> dict[str, float]:
+    total = len(windows.samplers[lead])
+    count = min(config.validation_windows, total)
+    rows = np.linspace(0, total - 1, count).astype(np.int64)
+    figures: dict[str, list[Tensor]] = {"psnr": [], "copy_psnr": [], "lpips": [], "copy_lpips": []}
+    for part in np.array_split(rows, math.ceil(count / 16)):
+        recorded = windows.gather(part, (windows.horizon,), lead)
+        target = recorded.targets[:, -1]
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=config.bfloat16):
+            batch = go_on(model, recorded)
+            drawn, _ = model.imagine_last(batch.context, batch.proprio, batch.actions)
+        figures["psnr"].append(psnr(drawn, target).clamp(max=MAX_PSNR))
+        figures["copy_psnr"].append(psnr(recorded.context, target).clamp(max=MAX_PSNR))
+        figures["lpips"].append(lpips(drawn, target))
+        figures["copy_lpips"].append(lpips(recorded.context, target))
     return {name: round(float(torch.cat(parts).mean()), 4) for name, parts in figures.items()}
 
 
@@ -233,8 +250,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             # All buffers are frozen, those of LPIPS are large.
             objective = DistributedDataParallel(objective, broadcast_buffers=False)
         horizon = run.model.config.dynamics.horizon
-        windows = Windows(train_cache, horizon, config.seed, here.device)
-        held = Windows(validation_cache, horizon, config.seed, here.device)
+        windows = Windows(train_cache, horizon, config.seed, here.device, config.lead)
+        held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
         log = None
         if here.main:
             log = opened.enter_context(contextlib.closing(_Log(config.out)))
@@ -312,9 +329,10 @@ def _step(
     rate = learning_rate(run.step, config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    batch = windows.batch(run.step, config.batch_size, here)
+    lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
+    batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
-        loss, terms = objective(batch)
+        loss, terms = objective(go_on(run.average, batch))
     _check_finite(loss, "loss", run.step)  # PyTorch's grid_sample crashes going back from NaN
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
