@@ -318,7 +318,7 @@ def main() -> None:
     command: Any = tyro.cli(Command, prog="wmgym", description=__doc__)
     try:
         command.run()
-    except (ValueError, ArithmeticError, OSError, MissingExtraError) as error:
+    except (ValueError, ArithmeticError, OSError, NotImplementedError, MissingExtraError) as error:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:
         sys.exit("wmgym: interrupted; long jobs go on where they stopped when started again")
