@@ -132,7 +132,18 @@ def test_evaluate_reports_beside_the_world(wmgym, tiny_dataset, tiny_world):
 
 
 def test_train_goes_on_from_a_world(wmgym, tiny_dataset, tiny_world, tmp_path):
-    options = ("--init-from", tiny_world, "--steps", 2, "--lead", 1, "--batch-size", 2, "--device", "cpu")
+    options = (
+        "--init-from",
+        tiny_world,
+        "--steps",
+        2,
+        "--lead",
+        1,
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+    )
     line = ("train", "--data", tiny_dataset, "--out", tmp_path / "run", *options)
     code, printed, _ = wmgym(*line)
     assert code == 0

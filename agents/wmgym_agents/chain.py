@@ -1,0 +1,182 @@
+"""The denoising chain as a stochastic policy: how actions are drawn, and how likely they were.
+
+A flow policy is a deterministic map from noise to an action chunk and has no likelihood to speak
+of. RL needs one, so noise is added while denoising, and the chain `x_0 ... x_K` becomes a Markov
+chain with Gaussian steps whose log-density is exact. Two ways:
+
+* `sigma_net` (VLA-RFT, arXiv 2510.00406, section 3.3; ReinFlow, arXiv 2505.22094): every step is
+  noisy, `x_{k+1} ~ N(x_k - u dt, sigma(x_k, t_k)^2)`, with a learned and bounded sigma;
+* `flow_sde` (Flow-GRPO, arXiv 2505.05470): one step, drawn anew for every start, is a step of the
+  stochastic differential equation that has the marginals of the flow, the others are deterministic:
+  `dx = (-u + g^2/2 score) dt + g dw`, `score = -(x + t u) / (1 - t)`, `g^2 = a^2 (1 - t) / t`.
+
+`_distribution` is the one place that says what a step does; `sample` and `log_prob` both call it,
+in float32. The density of the first noise does not depend on the policy and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from wmgym.spaces import ACTION_DIM
+from wmgym_agents.flow_head import FlowHead
+
+Noise = Literal["none", "sigma_net", "flow_sde"]
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """How actions are denoised.
+
+    Attributes:
+        steps: Denoising steps `K`.
+        noise: Where the chain is random; `"none"` integrates the flow from the first noise.
+        sde_level: `a` of `flow_sde`, the size of its noise.
+    """
+
+    steps: int = 10
+    noise: Noise = "sigma_net"
+    sde_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.noise == "flow_sde" and self.steps < 2:
+            raise ValueError(f"steps={self.steps}: flow_sde needs 2 or more")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Denoised chunks with all that their likelihood depends on.
+
+    Attributes:
+        states: `(B, K + 1, T, 7)` from noise to normalised actions.
+        random: `(B, S)` int64, numbers of the steps that were random.
+    """
+
+    states: Tensor
+    random: Tensor
+
+    @property
+    def actions(self) -> Tensor:
+        """Chunks `(B, T, 7)` in the policy's normalised space."""
+        return self.states[:, -1]
+
+    def rows(self, index: Tensor) -> Chain:
+        """Some of the chains."""
+        return Chain(self.states[index], self.random[index])
+
+
+def _distribution(
+    head: FlowHead, config: ChainConfig, x: Tensor, k: Tensor, context: Tensor, proprio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation `(B, T, 7)` of step `k` `(B,)` at `x` `(B, T, 7)`."""
+    dt = 1.0 / config.steps
+    t = k.to(x.dtype) * dt
+    u = head.velocity(x, t, context, proprio).float()
+    if config.noise == "sigma_net":
+        return x - u * dt, head.log_sigma(x, t, context, proprio).float()
+    if config.noise == "flow_sde":
+        at = t[:, None, None]
+        noise = x + at * u
+        drift = -u - config.sde_level**2 / (2 * at) * noise
+        log_sigma = 0.5 * torch.log((1 - at) / at * dt) + math.log(config.sde_level)
+        return x + drift * dt, log_sigma.expand_as(x)
+    raise ValueError(f"noise={config.noise!r} has no distribution; allowed: sigma_net, flow_sde")
+
+
+@torch.no_grad()
+def sample(
+    head: FlowHead,
+    config: ChainConfig,
+    context: Tensor,
+    proprio: Tensor,
+    *,
+    group_size: int,
+    generator: torch.Generator,
+) -> Chain:
+    """Draws `group_size` chains for every observation.
+
+    Args:
+        head: The flow head.
+        config: How to denoise.
+        context: `(B, N, D)` tokens of the observations.
+        proprio: `(B, 8)` normalised proprioception.
+        group_size: Chains per observation, `G`.
+        generator: Source of the noise, on the CPU. It is read observation by observation, so what
+            the first ones get does not depend on how many follow.
+
+    Returns:
+        `B * G` chains, those of an observation in a row.
+    """
+    draws, steps = [], []
+    for _ in range(len(context)):
+        shape = (group_size, config.steps + 1, head.config.chunk, ACTION_DIM)
+        draws.append(torch.randn(shape, generator=generator))
+        if config.noise == "flow_sde":
+            steps.append(torch.randint(1, config.steps, (1,), generator=generator))
+    noise = torch.cat(draws).to(context.device)
+    count = len(noise)
+    if config.noise == "flow_sde":
+        random = torch.stack(steps).repeat_interleave(group_size, 0)
+    else:
+        every = config.steps if config.noise == "sigma_net" else 0
+        random = torch.arange(every).expand(count, -1)
+    random = random.to(context.device)
+
+    x = noise[:, 0]
+    states = [x]
+    for number in range(config.steps):
+        k = torch.full((count,), number, device=x.device)
+        t = k.to(x.dtype) / config.steps
+        noisy = (random == number).any(dim=1)
+        if noisy.any():
+            mean, log_sigma = _distribution(head, config, x, k, context, proprio)
+            drawn = mean + log_sigma.exp() * noise[:, number + 1]
+        if noisy.all():
+            x = drawn
+        else:
+            still = x - head.velocity(x, t, context, proprio).float() / config.steps
+            x = torch.where(noisy[:, None, None], drawn, still) if noisy.any() else still
+        states.append(x)
+    return Chain(torch.stack(states, dim=1), random)
+
+
+def log_prob(
+    head: FlowHead, config: ChainConfig, chain: Chain, context: Tensor, proprio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-density of chains, and the entropy of their steps, by number of the chunk.
+
+    All random steps of all chains are evaluated in one pass.
+
+    Args:
+        head: The flow head.
+        config: How the chains were denoised.
+        chain: `B` chains.
+        context: `(b, N, D)` tokens of the observations, `B` a multiple of `b`.
+        proprio: `(b, 8)` normalised proprioception.
+
+    Returns:
+        `(B, T, 7)` log-densities, summed over the random steps, and `(B, T, 7)` entropies, averaged
+        over them.
+
+    Raises:
+        ValueError: The chains have no random step.
+    """
+    count, random_steps = chain.random.shape
+    if not random_steps:
+        raise ValueError(
+            'chains drawn with noise="none" have no likelihood: draw with "sigma_net" or "flow_sde"'
+        )
+    rows = torch.arange(count, device=chain.random.device)[:, None]
+    x = chain.states[rows, chain.random].flatten(0, 1)
+    after = chain.states[rows, chain.random + 1].flatten(0, 1)
+    mean, log_sigma = _distribution(head, config, x, chain.random.flatten(), context, proprio)
+    step = Normal(mean, log_sigma.exp())
+    density = step.log_prob(after).unflatten(0, (count, random_steps)).sum(dim=1)
+    entropy = step.entropy().unflatten(0, (count, random_steps)).mean(dim=1)
+    return density, entropy

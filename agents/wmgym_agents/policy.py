@@ -1,0 +1,295 @@
+"""`FlowVLA`: a vision-language-action policy with a flow-matching head.
+
+An observation is encoded once into tokens; the flow head turns noise into a chunk of normalised
+actions under them; the statistics of the demonstrations turn these into the environment's. One
+folder holds all of it, `config.json`, `model.safetensors` and `dataset_statistics.json`, whether it
+was written by supervised fine-tuning or by RL.
+
+An observation is a dict with `image` uint8 `(B, H, W, 3)`, `proprio` float `(B, 8)` and
+`instruction`, `B` sentences. The environments give the first two and `info["instruction"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wmgym.assets import asset_path
+from wmgym.data.statistics import Statistics, VectorStatistics
+from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
+from wmgym.worlds.checkpoints import CheckpointError, load_weights
+from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
+from wmgym_agents.encoder import EncoderConfig, SmallEncoder
+from wmgym_agents.flow_head import FlowHead, HeadConfig
+
+FAMILY = "wmgym-flow-vla"
+CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "dataset_statistics.json"
+STATISTICS_KEY = "wmgym"
+
+SMALL_HEAD = HeadConfig(context=128, embed=64, width=256, depth=4, heads=4)
+
+
+class Observation(TypedDict):
+    """What a policy sees; see the module docstring."""
+
+    image: NDArray[np.uint8] | Tensor
+    proprio: NDArray[np.float32] | Tensor
+    instruction: Sequence[str]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Shape of a `FlowVLA`.
+
+    Attributes:
+        encoder: Shape of the encoder.
+        head: Shape of the flow head; `context` is the encoder's width.
+        chain: How actions are denoised.
+    """
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = SMALL_HEAD
+    chain: ChainConfig = field(default_factory=ChainConfig)
+
+    def __post_init__(self) -> None:
+        if self.head.context != self.encoder.width:
+            raise ValueError(
+                f"head.context={self.head.context}: must be encoder.width={self.encoder.width}"
+            )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded observation.
+
+    Attributes:
+        tokens: `(B, N, D)`.
+        proprio: `(B, 8)`, normalised.
+    """
+
+    tokens: Tensor
+    proprio: Tensor
+
+
+class _Scale(nn.Module):
+    """Maps the 1st and 99th percentile to -1 and 1 (BOUNDS_Q99), on tensors."""
+
+    def __init__(self, statistics: VectorStatistics) -> None:
+        super().__init__()
+        s = statistics
+        constant = s.min == s.max
+        low = np.where(s.mask, s.q01, -1.0)
+        high = np.where(s.mask, s.q99, 1.0)
+        low, high = np.where(constant, s.min - 1, low), np.where(constant, s.min + 1, high)
+        self.register_buffer("low", torch.tensor(low, dtype=torch.float32), persistent=False)
+        self.register_buffer("high", torch.tensor(high, dtype=torch.float32), persistent=False)
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        low, high = self.get_buffer("low"), self.get_buffer("high")
+        return (2 * (x - low) / (high - low + 1e-8) - 1).clamp(-1, 1)
+
+    def from_unit(self, x: Tensor) -> Tensor:
+        low, high = self.get_buffer("low"), self.get_buffer("high")
+        return 0.5 * (x + 1) * (high - low + 1e-8) + low
+
+
+class FlowVLA(nn.Module):
+    """The policy.
+
+    Args:
+        config: Its shape.
+        statistics: Of the demonstrations it learns from.
+    """
+
+    def __init__(self, config: PolicyConfig, statistics: Statistics) -> None:
+        super().__init__()
+        self.config, self.statistics = config, statistics
+        self.encoder = SmallEncoder(config.encoder)
+        self.head = FlowHead(config.head)
+        self.action_scale = _Scale(statistics.action)
+        self.proprio_scale = _Scale(statistics.proprio)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.position.device
+
+    def encode(self, observation: Observation) -> Encoded:
+        """Tokens and normalised proprioception of `B` observations.
+
+        Raises:
+            ValueError: A shape or the number of instructions is wrong.
+        """
+        image = torch.as_tensor(observation["image"], device=self.device)
+        proprio = torch.as_tensor(observation["proprio"], device=self.device).float()
+        instruction = observation["instruction"]
+        size = self.config.encoder.image_size
+        if image.dtype != torch.uint8 or image.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"image is {image.dtype} {tuple(image.shape)}, "
+                f"expected uint8 (B, {size}, {size}, 3)"
+            )
+        if proprio.shape != (len(image), PROPRIO_DIM):
+            raise ValueError(
+                f"proprio has shape {tuple(proprio.shape)}, expected ({len(image)}, {PROPRIO_DIM})"
+            )
+        if isinstance(instruction, str) or len(instruction) != len(image):
+            raise ValueError(f"instruction must be a sequence of {len(image)} sentences")
+        pixels = image.movedim(-1, 1).float() / 255
+        return Encoded(self.encoder(pixels, instruction), self.proprio_scale.to_unit(proprio))
+
+    def sample(
+        self, observation: Observation | Encoded, group_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Chain]:
+        """Draws chunks.
+
+        Args:
+            observation: `B` observations, or what `encode` made of them.
+            group_size: Chunks per observation, `G`.
+            generator: Source of the noise, on the CPU.
+
+        Returns:
+            Actions `(B, G, T, 7)` for the environment, and the `B * G` chains they came from.
+        """
+        seen = self._encoded(observation)
+        chain = sample(
+            self.head,
+            self.config.chain,
+            seen.tokens,
+            seen.proprio,
+            group_size=group_size,
+            generator=generator,
+        )
+        return self.executed(chain.actions).unflatten(0, (-1, group_size)), chain
+
+    def log_prob(self, observation: Observation | Encoded, chain: Chain) -> tuple[Tensor, Tensor]:
+        """Log-densities and entropies of chains, `(B * G, T, 7)` each."""
+        seen = self._encoded(observation)
+        return log_prob(self.head, self.config.chain, chain, seen.tokens, seen.proprio)
+
+    @torch.no_grad()
+    def act(self, observation: Observation, generator: torch.Generator) -> NDArray[np.float32]:
+        """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment."""
+        seen = self._encoded(observation)
+        chain = sample(
+            self.head,
+            dataclasses.replace(self.config.chain, noise="none"),
+            seen.tokens,
+            seen.proprio,
+            group_size=1,
+            generator=generator,
+        )
+        return self.executed(chain.actions).cpu().numpy()
+
+    def flow_loss(
+        self, observation: Observation | Encoded, actions: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Squared error `(B, T, 7)` of the flow at random times of recorded chunks.
+
+        Times are drawn as in the released VLA-RFT, `0.999 g / (g + h) + 0.001` with
+        `g = U^(1/1.5)` and `h` uniform: a little more of them near the data.
+
+        Args:
+            observation: `B` observations, or what `encode` made of them.
+            actions: `(B, T, 7)` recorded chunks, in the environment's units.
+            generator: Source of noise and times, on the CPU.
+        """
+        seen = self._encoded(observation)
+        target = self.action_scale.to_unit(actions)
+        noise = torch.randn(target.shape, generator=generator).to(target.device)
+        g, h = torch.rand(2, len(target), generator=generator).to(target.device)
+        g = g ** (1 / 1.5)
+        t = 0.999 * g / (g + h) + 0.001
+        at = t[:, None, None]
+        u = self.head.velocity((1 - at) * noise + at * target, t, seen.tokens, seen.proprio)
+        return (u.float() - (noise - target)) ** 2
+
+    def executed(self, actions: Tensor) -> Tensor:
+        """Normalised chunks `(..., 7)` for the environment, the gripper open or closed."""
+        raw = self.action_scale.from_unit(actions).clamp(-1, 1)
+        gripper = torch.where(raw[..., ACTION_DIM - 1 :] > 0, 1.0, -1.0)
+        return torch.cat([raw[..., : ACTION_DIM - 1], gripper], dim=-1)
+
+    def _encoded(self, observation: Observation | Encoded) -> Encoded:
+        return observation if isinstance(observation, Encoded) else self.encode(observation)
+
+    def save_pretrained(self, folder: str | Path, **described: Any) -> None:
+        """Writes the policy's folder; each file appears complete or not at all.
+
+        Args:
+            folder: Made if missing.
+            **described: Further entries of `config.json`, such as how it was trained.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        part = folder / f"{WEIGHTS}.part"
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(0o644)
+        part.replace(folder / WEIGHTS)
+        self.statistics.save(folder / STATISTICS, STATISTICS_KEY)
+        config = {"family": FAMILY, "policy": dataclasses.asdict(self.config), **described}
+        part = folder / f"{CONFIG}.part"
+        part.write_text(json.dumps(config, indent=2) + "\n")
+        part.replace(folder / CONFIG)
+
+    @classmethod
+    def from_pretrained(cls, policy: str | Path) -> FlowVLA:
+        """Loads a policy onto the CPU, in evaluation mode.
+
+        Args:
+            policy: A folder, or the name of a policy that ships with wmgym.
+
+        Raises:
+            CheckpointError: There is no such policy, or its files are damaged or foreign.
+        """
+        folder = policy_folder(policy)
+        path = folder / CONFIG
+        try:
+            document = json.loads(path.read_text())
+            if document["family"] != FAMILY:
+                raise CheckpointError(f"{path} says family={document['family']!r}, not {FAMILY!r}")
+            statistics = Statistics.load(folder / STATISTICS, STATISTICS_KEY)
+            with torch.random.fork_rng(devices=[]):
+                model = cls(_read_shape(document["policy"]), statistics)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder} does not describe a policy: {error!r}") from None
+        load_weights(model, folder / WEIGHTS)
+        return model.eval()
+
+
+def policy_folder(policy: str | Path) -> Path:
+    """Folder of a policy given by name or path.
+
+    Raises:
+        CheckpointError: Neither a shipped policy nor a folder.
+    """
+    if Path(policy).is_dir():
+        return Path(policy)
+    names = sorted(p.parent.name for p in asset_path().glob(f"policies/*/{CONFIG}"))
+    if str(policy) in names:
+        return asset_path("policies", str(policy))
+    raise CheckpointError(
+        f"policy={str(policy)!r} is neither a folder nor one of the shipped policies {names}"
+    )
+
+
+def _read_shape(shape: dict[str, Any]) -> PolicyConfig:
+    head = shape["head"]
+    return PolicyConfig(
+        encoder=EncoderConfig(**shape["encoder"]),
+        head=HeadConfig(**{**head, "sigma": tuple(head["sigma"])}),
+        chain=ChainConfig(**shape["chain"]),
+    )
