@@ -18,6 +18,7 @@ def cache():
         frames=coded_frames(codes),
         proprio=codes[:, None].repeat(8, 1).astype(np.float32),
         actions=codes[:, None].repeat(7, 1).astype(np.float32),
+        clean_actions=codes[:, None].repeat(7, 1).astype(np.float32) + 0.5,
         starts=np.array([0, 6, 15]),
         episodes=[EpisodeInfo(e, n, "task") for e, n in enumerate(lengths)],
         sources=np.zeros(2, np.int64),
@@ -54,6 +55,7 @@ def test_a_window_holds_the_steps_it_says(cache):
         np.testing.assert_array_equal(codes_of(batch)[i], steps)
         np.testing.assert_array_equal(batch["proprio"][i, :, 0], steps)
         np.testing.assert_array_equal(batch["actions"][i, :, 6], 100 * episode + t + np.arange(3))
+        np.testing.assert_array_equal(batch["clean_actions"][i], batch["actions"][i] + 0.5)
     np.testing.assert_array_equal(batch["offsets"], np.tile([1, 2, 3], (9, 1)))
 
 
@@ -145,6 +147,8 @@ def test_a_cache_holds_the_decoded_frames(dataset, tmp_path):
     rows = slice(cache.starts[5], cache.starts[6])
     np.testing.assert_array_equal(cache.frames[rows], episode.images)
     np.testing.assert_array_equal(cache.actions[rows], episode.actions)
+    meant = episode.actions if episode.clean_actions is None else episode.clean_actions
+    np.testing.assert_array_equal(cache.clean_actions[rows], meant)
     np.testing.assert_array_equal(cache.proprio[rows], episode.proprio)
     with pytest.raises(ValueError, match="read-only"):
         cache.frames[0] = 0

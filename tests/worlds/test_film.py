@@ -35,6 +35,7 @@ def cache_of(*lengths: int) -> FrameCache:
             ("frames", "images"),
             ("proprio", "proprio"),
             ("actions", "actions"),
+            ("clean_actions", "actions"),
         )
     }
     starts = np.cumsum([0, *lengths])

@@ -26,7 +26,7 @@ from wmgym.data.episodes import Dataset, DatasetError, EpisodeInfo
 
 _FRAMES = "frames.u8"
 _INDEX = "index.safetensors"
-_LAYOUT = "1"
+_LAYOUT = "2"
 
 
 @runtime_checkable
@@ -45,7 +45,9 @@ class FrameCache:
     Attributes:
         frames: `(N, H, W, 3)` uint8, usually memory-mapped and read-only.
         proprio: `(N, 8)` float32.
-        actions: `(N, 7)` float32.
+        actions: `(N, 7)` float32, as executed.
+        clean_actions: `(N, 7)` float32, what the expert meant before noise; the executed ones where
+            that was not recorded.
         starts: `(E + 1,)` int64, the first step of each episode, and `N`.
         episodes: Descriptions in the same order; `episode_id` counts within its own dataset.
         sources: `(E,)` int64, which of the datasets an episode comes from.
@@ -54,6 +56,7 @@ class FrameCache:
     frames: NDArray[np.uint8]
     proprio: NDArray[np.float32]
     actions: NDArray[np.float32]
+    clean_actions: NDArray[np.float32]
     starts: NDArray[np.int64]
     episodes: list[EpisodeInfo]
     sources: NDArray[np.int64]
@@ -61,10 +64,11 @@ class FrameCache:
     def __post_init__(self) -> None:
         """Checks that the arrays agree."""
         total = int(self.starts[-1])
-        lengths = {len(self.frames), len(self.proprio), len(self.actions)}
+        steps = (self.frames, self.proprio, self.actions, self.clean_actions)
+        lengths = {len(array) for array in steps}
         if lengths != {total} or len(self.starts) != len(self.episodes) + 1:
             raise ValueError(
-                f"frames, proprio and actions have {sorted(lengths)} steps, starts has "
+                f"the arrays of steps have {sorted(lengths)} steps, starts has "
                 f"{len(self.starts)} entries; expected {total} steps and "
                 f"{len(self.episodes) + 1} entries"
             )
@@ -140,6 +144,7 @@ class FrameCache:
                 frames=frames,
                 proprio=arrays["proprio"],
                 actions=arrays["actions"],
+                clean_actions=arrays["clean_actions"],
                 starts=starts,
                 episodes=[EpisodeInfo(**entry) for entry in json.loads(metadata["episodes"])],
                 sources=arrays["sources"],
@@ -161,7 +166,7 @@ def _decode_into(
     from safetensors.numpy import save_file
     from tqdm import tqdm
 
-    proprio, actions = [], []
+    proprio, actions, clean = [], [], []
     size = image_size
     with (folder / _FRAMES).open("wb") as file:
         for source, info in tqdm(chosen, desc="decoding episodes", disable=not progress):
@@ -179,9 +184,12 @@ def _decode_into(
             file.write(np.ascontiguousarray(images).data)
             proprio.append(episode.proprio)
             actions.append(episode.actions)
+            meant = episode.clean_actions
+            clean.append(episode.actions if meant is None else meant)
     arrays = {
         "proprio": np.concatenate(proprio),
         "actions": np.concatenate(actions),
+        "clean_actions": np.concatenate(clean),
         "starts": np.cumsum([0, *map(len, actions)], dtype=np.int64),
         "sources": np.array([source for source, _ in chosen], np.int64),
     }

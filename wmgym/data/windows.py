@@ -135,7 +135,7 @@ class WindowSampler:
 
         Returns:
             `frames` `(B, C + M, H, W, 3)` uint8, the context first; `proprio` `(B, C + T, 8)`
-            float32; `actions` `(B, T, 7)` float32; `offsets` `(B, M)` int64, the future step of
+            float32; `actions` and `clean_actions` `(B, T, 7)` float32; `offsets` `(B, M)` int64, the future step of
             each target frame, counted from 1.
         """
         steps = self._steps[indices]
@@ -143,9 +143,11 @@ class WindowSampler:
             offsets = np.tile(np.arange(1, self.horizon + 1), (len(steps), 1))
         rows = window_rows(steps, self.cache.starts, self.context, self.horizon)
         shown = np.concatenate([rows[:, : self.context], steps[:, None] + offsets], axis=1)
+        taken = steps[:, None] + np.arange(self.horizon)
         return {
             "frames": np.asarray(self.cache.frames[shown]),
             "proprio": self.cache.proprio[rows],
-            "actions": self.cache.actions[steps[:, None] + np.arange(self.horizon)],
+            "actions": self.cache.actions[taken],
+            "clean_actions": self.cache.clean_actions[taken],
             "offsets": offsets,
         }
