@@ -135,8 +135,8 @@ class WindowSampler:
 
         Returns:
             `frames` `(B, C + M, H, W, 3)` uint8, the context first; `proprio` `(B, C + T, 8)`
-            float32; `actions` and `clean_actions` `(B, T, 7)` float32; `offsets` `(B, M)` int64, the future step of
-            each target frame, counted from 1.
+            float32; `actions` and `clean_actions` `(B, T, 7)` float32; `offsets` `(B, M)` int64,
+            the future step of each target frame, counted from 1.
         """
         steps = self._steps[indices]
         if offsets is None:
