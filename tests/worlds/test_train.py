@@ -15,14 +15,14 @@ from train_tiny import STEPS, config
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.rewards.perceptual import LPIPS
+from wmgym.training import update_average, warmup_cosine
 from wmgym.worlds import train as module
 from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import CheckpointError, load_model, read_config, save_world
 from wmgym.worlds.latent_world import LatentWorld
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.objective import LossWeights, Objective
-from wmgym.worlds.run import update_average
-from wmgym.worlds.train import TrainConfig, learning_rate, new_run, train, validate
+from wmgym.worlds.train import TrainConfig, new_run, train, validate
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -294,9 +294,8 @@ def test_a_lead_longer_than_the_episodes_is_refused(tiny_dataset, tmp_path):
 # --- the pieces ---------------------------------------------------------------------------------
 
 
-def test_learning_rate_rises_linearly_and_falls_to_two_per_cent(tmp_path):
-    settings = TrainConfig(data=(tmp_path,), out=tmp_path, steps=100, warmup=10, learning_rate=1.0)
-    rates = [learning_rate(step, settings) for step in range(101)]
+def test_learning_rate_rises_linearly_and_falls_to_two_per_cent():
+    rates = [warmup_cosine(step, 100, 1.0, 10) for step in range(101)]
     assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert rates[55] == pytest.approx(0.51)
     assert rates[100] == pytest.approx(0.02)

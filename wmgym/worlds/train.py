@@ -20,7 +20,6 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +28,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import wmgym
-from wmgym.data import FrameCache, LeRobotDataset
-from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
+from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
+from wmgym.training import (
+    Log,
+    Run,
+    adamw,
+    check_finite,
+    check_validation_states,
+    split_caches,
+    update_average,
+    warmup_cosine,
+)
 from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import load_model, read_shape, save_world, world_folder
 from wmgym.worlds.evaluate import MAX_PSNR
@@ -40,9 +48,10 @@ from wmgym.worlds.film import film
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.objective import LossWeights, Objective
-from wmgym.worlds.run import Run, update_average
 
 logger = logging.getLogger(__name__)
+
+WorldRun = Run[LatentWorldModel]
 
 
 @dataclass(frozen=True)
@@ -102,20 +111,10 @@ class TrainConfig:
             raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
         if self.lead < 0:
             raise ValueError(f"lead={self.lead}: allowed are integers >= 0")
-        kept = sorted(set(self.validation_states) & set(HELD_OUT_INIT_STATES))
-        if kept:
-            raise ValueError(f"validation_states has {kept}: 40-49 are held out, for reports only")
+        check_validation_states(self.validation_states)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step `step`, counted from 0."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
-
-
-def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Run:
+def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> WorldRun:
     """A run before its first step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -127,19 +126,9 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Run
         average = LatentWorldModel(model.config)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
     model.to(device)
     average.to(device)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-    )
-    return Run(model, average, optimizer)
+    return Run(model, average, adamw(model, config.learning_rate, config.weight_decay))
 
 
 def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
@@ -191,32 +180,6 @@ def _score(
     return {name: round(float(torch.cat(parts).mean()), 4) for name, parts in figures.items()}
 
 
-class _Log:
-    """Figures to `log.jsonl`, and to TensorBoard where it is installed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "log.jsonl").open("a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board: Any = SummaryWriter(str(folder))
-        except ImportError:
-            self._board = None
-            logger.info("no TensorBoard log: pip install 'wmgym[train]'")
-
-    def write(self, step: int, group: str, figures: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Trains a world, or goes on with a run that was interrupted.
 
@@ -238,7 +201,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here, contextlib.ExitStack() as opened:
-        train_cache, validation_cache = _caches(config, here, progress)
+        train_cache, validation_cache = split_caches(
+            config.data,
+            config.out / "cache",
+            image_size=config.world.tokenizer.image_size,
+            validation_states=config.validation_states,
+            here=here,
+            progress=progress,
+        )
         run = new_run(config, train_cache, here.device)
         checkpoint = config.out / "checkpoint.pt"
         if checkpoint.exists():
@@ -254,7 +224,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
         log = None
         if here.main:
-            log = opened.enter_context(contextlib.closing(_Log(config.out)))
+            log = opened.enter_context(contextlib.closing(Log(config.out)))
         quiet = not (progress and here.main)
         bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
         began = time.monotonic()
@@ -280,7 +250,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     return config.out / "world"
 
 
-def _keep(config: TrainConfig, run: Run) -> None:
+def _keep(config: TrainConfig, run: WorldRun) -> None:
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     save_world(
         config.out / "world",
@@ -290,64 +260,24 @@ def _keep(config: TrainConfig, run: Run) -> None:
     )
 
 
-def _caches(config: TrainConfig, here: Processes, progress: bool) -> tuple[FrameCache, FrameCache]:
-    """Decoded training and validation episodes; the main process decodes, the others open."""
-    datasets = [LeRobotDataset(folder) for folder in config.data]
-    parts = {
-        "train": lambda info: not (info.held_out or _validates(info, config)),
-        "validation": lambda info: _validates(info, config),
-    }
-    for name, chosen in parts.items():
-        if not any(chosen(info) for dataset in datasets for info in dataset.episodes):
-            raise ValueError(
-                f"{[str(folder) for folder in config.data]} have no episode for {name} with "
-                f"validation_states={config.validation_states} and 40-49 held out"
-            )
-    size = config.world.tokenizer.image_size
-    if here.main:
-        for name, chosen in parts.items():
-            FrameCache.build(
-                datasets,
-                config.out / "cache" / name,
-                image_size=(size, size),
-                episode_filter=chosen,
-                progress=progress,
-            )
-    here.wait()
-    opened = [FrameCache.open(config.out / "cache" / name) for name in parts]
-    return opened[0], opened[1]
-
-
-def _validates(info: EpisodeInfo, config: TrainConfig) -> bool:
-    return info.init_state_id in config.validation_states
-
-
 def _step(
-    run: Run, objective: nn.Module, windows: Windows, config: TrainConfig, here: Processes
+    run: WorldRun, objective: nn.Module, windows: Windows, config: TrainConfig, here: Processes
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
-    rate = learning_rate(run.step, config)
+    rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss, terms = objective(go_on(run.average, batch))
-    _check_finite(loss, "loss", run.step)  # PyTorch's grid_sample crashes going back from NaN
+    check_finite(loss, "loss", run.step)  # PyTorch's grid_sample crashes going back from NaN
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    _check_finite(norm, "gradient", run.step)
+    check_finite(norm, "gradient", run.step)
     run.optimizer.step()
     run.step += 1
     update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}
-
-
-def _check_finite(value: Tensor, name: str, step: int) -> None:
-    if not torch.isfinite(value):
-        raise FloatingPointError(
-            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train "
-            "with bfloat16=False"
-        )

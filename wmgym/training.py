@@ -1,0 +1,210 @@
+"""What every training run needs: data apart, schedule, checkpoints, moving average, log.
+
+Worlds and policies are trained by loops of their own that share these pieces. What optimizer step
+`s` sees depends on the seed and `s` alone, so a run that was killed goes on to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wmgym.data import FrameCache, LeRobotDataset
+from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
+from wmgym.distributed import Processes
+from wmgym.worlds.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass
+class Run(Generic[ModelT]):
+    """Everything that is checkpointed; a checkpoint appears complete or not at all.
+
+    Attributes:
+        model: What is trained.
+        average: Exponential moving average of its weights.
+        optimizer: The optimizer.
+        step: Optimizer steps done.
+    """
+
+    model: ModelT
+    average: ModelT
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, entirely or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(path)
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            CheckpointError: It is damaged, or of another shape.
+        """
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = f"{error}".partition("\n")[0] or type(error).__name__
+            raise CheckpointError(
+                f"{path} is damaged, or of another shape ({reason}); remove it to start anew"
+            ) from None
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the averaged weights towards the current ones; buffers are copied."""
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained of a model, with weight decay on matrices only."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.99),
+    )
+
+
+def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Learning rate of step `step`, from 0: linear warm-up, then cosine decay to 2 % of `peak`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def check_finite(value: Tensor, name: str, step: int) -> None:
+    """Stops a run that diverges.
+
+    Raises:
+        FloatingPointError: The value is NaN or infinite.
+    """
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train "
+            "with bfloat16=False"
+        )
+
+
+def check_validation_states(states: Sequence[int]) -> None:
+    """Keeps the held-out initial states out of training and of its validation.
+
+    Raises:
+        ValueError: Some of `states` are held out.
+    """
+    kept = sorted(set(states) & set(HELD_OUT_INIT_STATES))
+    if kept:
+        raise ValueError(f"validation_states has {kept}: 40-49 are held out, for reports only")
+
+
+def split_caches(
+    data: Sequence[Path],
+    folder: Path,
+    *,
+    image_size: int,
+    validation_states: Sequence[int],
+    here: Processes,
+    progress: bool,
+    accepts: Callable[[EpisodeInfo], bool] = lambda info: True,
+) -> tuple[FrameCache, FrameCache]:
+    """Decoded training and validation episodes; the main process decodes, the others open.
+
+    Args:
+        data: Folders of LeRobot v3 datasets.
+        folder: Where the decoded frames go.
+        image_size: Height and width, pixels.
+        validation_states: Initial states of the validation episodes.
+        here: The processes of the run.
+        progress: Show a progress bar.
+        accepts: Which episodes may be used at all; held-out ones never are.
+
+    Raises:
+        ValueError: There is no episode to train on, or none to validate on.
+    """
+    datasets = [LeRobotDataset(path) for path in data]
+
+    def validates(info: EpisodeInfo) -> bool:
+        return info.init_state_id in validation_states and accepts(info)
+
+    def trains(info: EpisodeInfo) -> bool:
+        return not info.held_out and not validates(info) and accepts(info)
+
+    parts = {"train": trains, "validation": validates}
+    for name, chosen in parts.items():
+        if not any(chosen(info) for dataset in datasets for info in dataset.episodes):
+            raise ValueError(
+                f"{[str(path) for path in data]} have no episode for {name} with "
+                f"validation_states={tuple(validation_states)} and 40-49 held out"
+            )
+    if here.main:
+        for name, chosen in parts.items():
+            FrameCache.build(
+                datasets,
+                folder / name,
+                image_size=(image_size, image_size),
+                episode_filter=chosen,
+                progress=progress,
+            )
+    here.wait()
+    opened = [FrameCache.open(folder / name) for name in parts]
+    return opened[0], opened[1]
+
+
+class Log:
+    """Figures to `log.jsonl`, and to TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "log.jsonl").open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board: Any = SummaryWriter(str(folder))
+        except ImportError:
+            self._board = None
+            logger.info("no TensorBoard log: pip install 'wmgym[train]'")
+
+    def write(self, step: int, group: str, figures: dict[str, float]) -> None:
+        """Writes figures of a group, such as "train", at a step."""
+        self._file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
