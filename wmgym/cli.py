@@ -142,7 +142,7 @@ class Evaluate:
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
-    """The report; report.json in the world's folder without."""
+    """The report; without, report.json in the world's folder, or here for a shipped world."""
     windows: int = 200
     """Windows per dataset."""
     seed: int = 0
@@ -155,9 +155,10 @@ class Evaluate:
         from wmgym.worlds.latent_world import LatentWorld
 
         folder = world_folder(self.world)
+        target = self.out or _beside(folder, "report.json")
         world = LatentWorld(load_model(folder), name=folder.name)
         figures = evaluate(world, self.data, windows=self.windows, seed=self.seed)
-        _report(self.out or folder / "report.json", figures, self.seed)
+        _report(target, figures, self.seed)
         for name, scores in {"all": figures, **figures["datasets"]}.items():
             print(name)
             for prefix in ("", "copy_", "tokenizer_"):
@@ -174,7 +175,8 @@ class Audit:
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
-    """The report; audit.json in the world's folder without. Plots go beside it as PNG."""
+    """The report, with plots beside it as PNG; without, audit.json in the world's folder, or here
+    for a shipped world."""
     work: Path = Path("runs/audit")
     """Real rollouts are kept here and not repeated."""
     starts: int = 300
@@ -196,8 +198,8 @@ class Audit:
             seed=self.seed,
             workers=self.workers,
         )
+        target = self.out or _beside(world_folder(self.world), "audit.json")
         figures = audit(load_world(self.world), config)
-        target = self.out or world_folder(self.world) / "audit.json"
         _report(target, figures, self.seed)
         plot(figures, target.with_suffix(".png"))
         for name, value in figures.items():
@@ -215,6 +217,8 @@ class Bench:
     """LIBERO suite."""
     num_envs: int = 64
     """Imagined environments."""
+    group_size: int = 16
+    """Environments that share a start and its reference."""
     action_chunk: int = 8
     """Control steps per step of the imagined environments."""
     dtype: str = "bfloat16"
@@ -235,6 +239,7 @@ class Bench:
                 world=self.world,
                 suite=self.suite,
                 num_envs=self.num_envs,
+                group_size=self.group_size,
                 action_chunk=self.action_chunk,
                 dtype=self.dtype,
                 repeats=self.repeats,
@@ -304,6 +309,14 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Subset, tyro.conf.subcommand("subset")]
 )
+
+
+def _beside(world: Path, name: str) -> Path:
+    """Where a report of a world goes by default: never among the files that ship."""
+    from wmgym.assets import asset_path
+
+    shipped = asset_path() in world.resolve().parents
+    return Path(name) if shipped else world / name
 
 
 def _report(path: Path, figures: dict[str, Any], seed: int) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # The others wait while the main process decodes a dataset.
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
     try:
         place = torch.device(device, local) if device == "cuda" else torch.device(device)
         yield Processes(dist.get_rank(), dist.get_world_size(), place)

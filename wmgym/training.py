@@ -6,6 +6,7 @@ Worlds and policies are trained by loops of their own that share these pieces. W
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -36,12 +37,14 @@ class Run(Generic[ModelT]):
         model: What is trained.
         average: Exponential moving average of its weights.
         optimizer: The optimizer.
+        settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
     """
 
     model: ModelT
     average: ModelT
     optimizer: torch.optim.Optimizer
+    settings: dict[str, Any]
     step: int = 0
 
     def save(self, path: Path) -> None:
@@ -51,6 +54,7 @@ class Run(Generic[ModelT]):
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "settings": json.dumps(self.settings),
         }
         part = path.with_suffix(".part")
         torch.save(state, part)
@@ -60,14 +64,27 @@ class Run(Generic[ModelT]):
         """Goes back to a checkpoint.
 
         Raises:
-            CheckpointError: It is damaged, or of another shape.
+            CheckpointError: It is damaged, of another shape, or of a run with other settings.
         """
         try:
             state = torch.load(path, map_location=device, weights_only=True)
+            before = json.loads(state["settings"])
+            differ = [
+                f"{name} was {before.get(name)!r}, is {now!r}"
+                for name, now in self.settings.items()
+                if before.get(name) != now
+            ]
+            if differ:
+                raise CheckpointError(
+                    f"{path} is of a run with other settings: {'; '.join(differ)}. Go on with the "
+                    "old ones, choose another folder, or remove it to start anew"
+                )
             self.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             reason = f"{error}".partition("\n")[0] or type(error).__name__
             raise CheckpointError(
@@ -82,6 +99,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(weight, 1 - decay)
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
+
+
+_FREE = ("out", "device", "save_every", "validate_every")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values, without what a run may change when it goes on."""
+    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {name: value for name, value in described.items() if name not in _FREE}
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -185,12 +211,19 @@ def split_caches(
 class Log:
     """Figures to `log.jsonl`, and to TensorBoard where it is installed."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "log.jsonl").open("a")
+    def __init__(self, folder: Path, step: int) -> None:
+        """Goes on after step `step`; what a killed run logged beyond it is dropped."""
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept))
+        part.replace(path)
+        self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board: Any = SummaryWriter(str(folder))
+            self._board: Any = SummaryWriter(str(folder), purge_step=step + 1)
         except ImportError:
             self._board = None
             logger.info("no TensorBoard log: pip install 'wmgym[train]'")

@@ -28,6 +28,7 @@ from wmgym.assets import asset_path
 from wmgym.data.statistics import Statistics, VectorStatistics
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 from wmgym.worlds.checkpoints import CheckpointError, load_weights
+from wmgym_agents.augment import center_crop
 from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
 from wmgym_agents.encoder import EncoderConfig, SmallEncoder
 from wmgym_agents.flow_head import FlowHead, HeadConfig
@@ -145,7 +146,12 @@ class FlowVLA(nn.Module):
             )
         if isinstance(instruction, str) or len(instruction) != len(image):
             raise ValueError(f"instruction must be a sequence of {len(image)} sentences")
-        pixels = image.movedim(-1, 1).float() / 255
+        return self.encode_pixels(
+            center_crop(image.movedim(-1, 1).float() / 255), proprio, instruction
+        )
+
+    def encode_pixels(self, pixels: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Encoded:
+        """As `encode`, of pictures `(B, 3, H, W)` in [0, 1] that are cropped already."""
         return Encoded(self.encoder(pixels, instruction), self.proprio_scale.to_unit(proprio))
 
     def sample(
@@ -178,7 +184,9 @@ class FlowVLA(nn.Module):
         return log_prob(self.head, self.config.chain, chain, seen.tokens, seen.proprio)
 
     @torch.no_grad()
-    def act(self, observation: Observation, generator: torch.Generator) -> NDArray[np.float32]:
+    def act(
+        self, observation: Observation | Encoded, generator: torch.Generator
+    ) -> NDArray[np.float32]:
         """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment."""
         seen = self._encoded(observation)
         chain = sample(
@@ -276,11 +284,11 @@ def policy_folder(policy: str | Path) -> Path:
     Raises:
         CheckpointError: Neither a shipped policy nor a folder.
     """
-    if Path(policy).is_dir():
-        return Path(policy)
     names = sorted(p.parent.name for p in asset_path().glob(f"policies/*/{CONFIG}"))
     if str(policy) in names:
         return asset_path("policies", str(policy))
+    if Path(policy).is_dir():
+        return Path(policy)
     raise CheckpointError(
         f"policy={str(policy)!r} is neither a folder nor one of the shipped policies {names}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from train_tiny import STEPS, config
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import update_average, warmup_cosine
+from wmgym.training import Log, update_average, warmup_cosine
 from wmgym.worlds import train as module
 from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import CheckpointError, load_model, read_config, save_world
@@ -88,6 +89,27 @@ def test_held_out_episodes_are_in_no_cache(finished):
         for name in ("train", "validation")
     }
     assert states == {"train": {0, 1, 2}, "validation": {25}}
+
+
+def test_a_run_goes_on_with_the_same_settings_only(tiny_dataset, tmp_path):
+    train(config(tiny_dataset, tmp_path, steps=2, save_every=2), progress=False)
+    changes = {"seed": 3, "learning_rate": 1e-4}
+    for name, value in changes.items():
+        with pytest.raises(CheckpointError, match=f"other settings: {name} was .* is {value}"):
+            train(config(tiny_dataset, tmp_path, steps=2, **{name: value}), progress=False)
+    train(config(tiny_dataset, tmp_path, steps=2, save_every=1, validate_every=1), progress=False)
+
+
+def test_a_log_goes_on_where_the_run_does(tmp_path):
+    with contextlib.closing(Log(tmp_path, 0)) as kept:
+        for step in (100, 200, 300):
+            kept.write(step, "train", {"loss": step / 100})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 350, "gro')
+    with contextlib.closing(Log(tmp_path, 200)) as kept:
+        kept.write(300, "train", {"loss": 7.0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(100, 1), (200, 2), (300, 7)]
 
 
 def test_a_finished_run_is_not_trained_on(finished, tiny_dataset):

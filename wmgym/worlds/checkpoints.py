@@ -153,16 +153,16 @@ def shipped_worlds() -> list[str]:
 
 
 def world_folder(world: str | Path) -> Path:
-    """Folder of a world given by name or path.
+    """Folder of a world given by name or path; a shipped name goes before a folder of that name.
 
     Raises:
         CheckpointError: Neither a shipped world nor a folder.
     """
-    if Path(world).is_dir():
-        return Path(world)
     names = shipped_worlds()
     if str(world) in names:
         return asset_path("worlds", str(world))
+    if Path(world).is_dir():
+        return Path(world)
     raise CheckpointError(
         f"world={str(world)!r} is neither a folder nor one of the shipped worlds {names}"
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -37,6 +36,7 @@ from wmgym.training import (
     adamw,
     check_finite,
     check_validation_states,
+    settings_of,
     split_caches,
     update_average,
     warmup_cosine,
@@ -128,7 +128,9 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Wor
     average.requires_grad_(False)
     model.to(device)
     average.to(device)
-    return Run(model, average, adamw(model, config.learning_rate, config.weight_decay))
+    return Run(
+        model, average, adamw(model, config.learning_rate, config.weight_decay), settings_of(config)
+    )
 
 
 def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:
@@ -224,7 +226,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
         log = None
         if here.main:
-            log = opened.enter_context(contextlib.closing(Log(config.out)))
+            log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))
         quiet = not (progress and here.main)
         bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
         began = time.monotonic()
@@ -246,17 +248,16 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             if here.main and (step % config.save_every == 0 or last):
                 _keep(config, run)
                 run.save(checkpoint)
-            here.wait()
+        here.wait()
     return config.out / "world"
 
 
 def _keep(config: TrainConfig, run: WorldRun) -> None:
-    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     save_world(
         config.out / "world",
         run.average,
         version=wmgym.__version__,
-        training={**described, "steps_done": run.step},
+        training={**run.settings, "steps_done": run.step},
     )
 
 

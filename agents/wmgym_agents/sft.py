@@ -1,0 +1,297 @@
+"""Supervised fine-tuning: a policy learns to do what the demonstrations did.
+
+The flow head is trained by conditional flow matching on recorded chunks. Where the demonstrations
+were disturbed on purpose, what the expert meant is imitated, not what was executed (DART, Laskey et
+al. 2017). Failed episodes and held-out initial states are never used; progress is told on episodes
+of `validation_states`. One command for a laptop and for several GPUs (`torchrun`); a killed run
+goes on to the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import wmgym
+from wmgym.data import FrameCache, LeRobotDataset, WindowSampler
+from wmgym.data.episodes import EpisodeInfo
+from wmgym.data.statistics import Statistics
+from wmgym.distributed import Processes, processes
+from wmgym.training import (
+    Log,
+    Run,
+    adamw,
+    check_finite,
+    check_validation_states,
+    settings_of,
+    split_caches,
+    update_average,
+    warmup_cosine,
+)
+from wmgym_agents.augment import random_view
+from wmgym_agents.policy import FlowVLA, PolicyConfig
+
+logger = logging.getLogger(__name__)
+
+PolicyRun = Run[FlowVLA]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How a policy is trained on demonstrations.
+
+    Attributes:
+        data: Folders of LeRobot v3 datasets.
+        out: Folder of the run: checkpoints, log, and the policy in `policy/`.
+        policy: Shape of the policy.
+        init_from: Policy to go on from (shipped name or folder) instead of random weights; its
+            shape and statistics replace those of `policy` and `data`.
+        steps: Optimizer steps.
+        batch_size: Observations per step, over all processes.
+        draws: Flow times and noises per observation, which share its encoding.
+        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
+        warmup: Steps of linear warm-up.
+        weight_decay: Of AdamW, on matrices only.
+        clip: Largest norm of the gradient.
+        ema: Decay of the moving average of the weights, which is what is kept.
+        validation_states: Initial states kept apart to watch progress.
+        validation_windows: Observations in a validation.
+        validate_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        seed: Seed of weights, windows, noise and augmentation.
+        device: "auto", "cpu" or "cuda".
+        bfloat16: Matrix products in bfloat16.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    init_from: str | None = None
+    steps: int = 10_000
+    batch_size: int = 64
+    draws: int = 4
+    learning_rate: float = 5e-4
+    warmup: int = 500
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    validation_states: tuple[int, ...] = (25,)
+    validation_windows: int = 256
+    validate_every: int = 1000
+    save_every: int = 250
+    seed: int = 0
+    device: str = "auto"
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty: name at least one dataset folder")
+        counts = (self.steps, self.batch_size, self.draws, self.save_every, self.validate_every)
+        if min(counts) < 1:
+            raise ValueError("steps, batch_size, draws, save_every and validate_every must be >= 1")
+        check_validation_states(self.validation_states)
+
+
+def usable(info: EpisodeInfo) -> bool:
+    """Whether an episode may be imitated: it is not known to have failed."""
+    return info.success is not False
+
+
+class Examples:
+    """Observations and the chunks that followed, out of a frame cache."""
+
+    def __init__(self, cache: FrameCache, chunk: int, seed: int, device: torch.device) -> None:
+        self.cache, self.chunk, self.device = cache, chunk, device
+        self.sampler = WindowSampler(cache, horizon=chunk, seed=seed)
+
+    def gather(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[str], Tensor]:
+        """Pictures `(B, 3, H, W)` in [0, 1], proprio `(B, 8)`, instructions, chunks `(B, T, 7)`."""
+        window = self.sampler.gather(rows, np.zeros((len(rows), 0), np.int64))
+        frames = torch.from_numpy(window["frames"][:, 0]).to(self.device)
+        return (
+            frames.movedim(-1, 1).float() / 255,
+            torch.from_numpy(window["proprio"][:, 0]).to(self.device),
+            [self.cache.episodes[self.sampler.locate(row)[0]].instruction for row in rows],
+            torch.from_numpy(window["clean_actions"]).to(self.device),
+        )
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that gradients of several processes are averaged over it."""
+
+    def __init__(self, model: FlowVLA, draws: int) -> None:
+        super().__init__()
+        self.model, self.draws = model, draws
+
+    def forward(
+        self,
+        pixels: Tensor,
+        proprio: Tensor,
+        instruction: list[str],
+        actions: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        seen = self.model.encode_pixels(pixels, proprio, instruction)
+        actions = actions.repeat_interleave(self.draws, 0)
+        return self.model.flow_loss(seen, actions, generator).mean()
+
+
+def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
+    """A run before its first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.init_from is not None:
+            model = FlowVLA.from_pretrained(config.init_from)
+        else:
+            statistics = Statistics.of(
+                [LeRobotDataset(path) for path in config.data],
+                lambda info: usable(info) and not info.held_out,
+            )
+            model = FlowVLA(config.policy, statistics)
+        average = FlowVLA(model.config, model.statistics)
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
+    model.head.sigma_net.requires_grad_(False)  # imitation says nothing about it
+    model.to(device).train()
+    average.to(device).eval()
+    return Run(
+        model, average, adamw(model, config.learning_rate, config.weight_decay), settings_of(config)
+    )
+
+
+@torch.no_grad()
+def validate(model: FlowVLA, held: Examples, config: SFTConfig) -> dict[str, float]:
+    """Flow loss, and mean distance of denoised chunks to the expert's in [-1, 1] units."""
+    count = min(config.validation_windows, len(held.sampler))
+    rows = np.linspace(0, len(held.sampler) - 1, count).astype(np.int64)
+    generator = torch.Generator().manual_seed(config.seed)
+    losses, errors = [], []
+    for part in np.array_split(rows, math.ceil(count / 64)):
+        pixels, proprio, instruction, actions = held.gather(part)
+        image = (pixels.movedim(1, -1) * 255).round().to(torch.uint8)
+        with torch.autocast(held.device.type, torch.bfloat16, enabled=config.bfloat16):
+            seen = model.encode({"image": image, "proprio": proprio, "instruction": instruction})
+            losses.append(model.flow_loss(seen, actions, generator).mean(dim=(1, 2)))
+            acted = torch.from_numpy(model.act(seen, generator))
+        errors.append((acted - actions.cpu()).abs()[..., :-1].mean(dim=(1, 2)))
+    return {
+        "flow_loss": round(float(torch.cat(losses).mean()), 5),
+        "action_l1": round(float(torch.cat(errors).mean()), 5),
+    }
+
+
+def sft(config: SFTConfig, *, progress: bool = True) -> Path:
+    """Trains a policy, or goes on with a run that was interrupted.
+
+    Args:
+        config: How to train.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Folder of the finished policy, `config.out / "policy"`.
+
+    Raises:
+        CheckpointError: The checkpoint in `config.out`, or `init_from`, cannot be used.
+        DatasetError: A dataset's files are damaged.
+        ValueError: The data have no episode to train on, or none to validate on.
+        FloatingPointError: Loss or gradient is not finite.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    with processes(config.device) as here, contextlib.ExitStack() as opened:
+        run = new_run(config, here.device)
+        train_cache, validation_cache = split_caches(
+            config.data,
+            config.out / "cache",
+            image_size=run.model.config.encoder.image_size,
+            validation_states=config.validation_states,
+            here=here,
+            progress=progress,
+            accepts=usable,
+        )
+        checkpoint = config.out / "checkpoint.pt"
+        if checkpoint.exists():
+            run.load(checkpoint, here.device)
+            logger.info("going on from step %d of %s", run.step, checkpoint)
+        objective: nn.Module = _Objective(run.model, config.draws)
+        if here.size > 1:
+            objective = DistributedDataParallel(objective)
+        chunk = run.model.config.head.chunk
+        examples = Examples(train_cache, chunk, config.seed, here.device)
+        held = Examples(validation_cache, chunk, config.seed, here.device)
+        log = None
+        if here.main:
+            log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))
+        quiet = not (progress and here.main)
+        bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
+        began = time.monotonic()
+        while run.step < config.steps:
+            figures = _step(run, objective, examples, config, here)
+            bar.update()
+            step, last = run.step, run.step == config.steps
+            if log is not None and (step % 50 == 0 or step == 1):
+                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
+                bar.set_postfix(loss=f"{figures['flow_loss']:.4f}")
+            if log is not None and (step % config.validate_every == 0 or last):
+                scores = validate(run.average, held, config)
+                log.write(step, "validation", scores)
+                if not quiet:
+                    bar.write(f"step {step}: {scores}")
+            if here.main and (step % config.save_every == 0 or last):
+                _keep(config, run)
+                run.save(checkpoint)
+        here.wait()
+    return config.out / "policy"
+
+
+def _step(
+    run: PolicyRun, objective: nn.Module, examples: Examples, config: SFTConfig, here: Processes
+) -> dict[str, float]:
+    """One optimizer step; returns the figures of the batch."""
+    if config.batch_size % here.size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not a multiple of the {here.size} processes"
+        )
+    rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    rows = examples.sampler.indices(run.step, config.batch_size)[here.rank :: here.size]
+    generator = torch.Generator().manual_seed(_key(config.seed, run.step, here.rank))
+    pixels, proprio, instruction, actions = examples.gather(rows)
+    with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
+        loss = objective(random_view(pixels, generator), proprio, instruction, actions, generator)
+    check_finite(loss, "loss", run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    check_finite(norm, "gradient", run.step)
+    run.optimizer.step()
+    run.step += 1
+    update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
+    return {
+        "flow_loss": float(here.mean(loss.detach())),
+        "gradient_norm": float(norm),
+        "learning_rate": rate,
+    }
+
+
+def _key(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _keep(config: SFTConfig, run: PolicyRun) -> None:
+    run.average.save_pretrained(
+        config.out / "policy",
+        version=wmgym.__version__,
+        training={**run.settings, "steps_done": run.step},
+    )
