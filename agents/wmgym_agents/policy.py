@@ -37,7 +37,7 @@ FAMILY = "wmgym-flow-vla"
 CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "dataset_statistics.json"
 STATISTICS_KEY = "wmgym"
 
-SMALL_HEAD = HeadConfig(context=128, embed=64, width=256, depth=4, heads=4)
+SMALL_HEAD = HeadConfig(context=128, embed=64, width=256, depth=4, heads=4, dropout=0.0)
 
 
 class Observation(TypedDict):

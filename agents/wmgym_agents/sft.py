@@ -266,9 +266,14 @@ def _step(
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     rows = examples.sampler.indices(run.step, config.batch_size)[here.rank :: here.size]
-    generator = torch.Generator().manual_seed(_key(config.seed, run.step, here.rank))
+    key = _key(config.seed, run.step, here.rank)
+    generator = torch.Generator().manual_seed(key)
     pixels, proprio, instruction, actions = examples.gather(rows)
-    with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
+    with (
+        torch.random.fork_rng(),  # dropout knows no other source
+        torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16),
+    ):
+        torch.manual_seed(key)
         loss = objective(random_view(pixels, generator), proprio, instruction, actions, generator)
     check_finite(loss, "loss", run.step)
     run.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,130 @@
+"""The policy: what it sees, what it does, and its folder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import small
+import torch
+from wmgym_agents.encoder import hashed_pieces
+from wmgym_agents.policy import CONFIG, STATISTICS, WEIGHTS, FlowVLA
+
+from wmgym.data.statistics import normalize_q99, unnormalize_q99
+from wmgym.worlds.checkpoints import CheckpointError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_actions_are_those_of_the_environment():
+    policy = small.policy(lively=0.5)
+    actions, chain = policy.sample(small.observation(), 5, generator())
+    assert actions.shape == (3, 5, 4, 7)
+    assert chain.states.shape == (15, 5, 4, 7)
+    assert actions.abs().max() <= 1
+    assert set(actions[..., 6].unique().tolist()) <= {-1.0, 1.0}
+    raw = unnormalize_q99(chain.actions.numpy(), policy.statistics.action)[..., :6]
+    np.testing.assert_allclose(
+        actions.flatten(0, 1)[..., :6], np.clip(raw, -1, 1), atol=1e-5, rtol=0
+    )
+    acted = policy.act(small.observation(), generator())
+    assert acted.shape == (3, 4, 7)
+    assert acted.dtype == np.float32
+    assert np.array_equal(acted, policy.act(small.observation(), generator()))
+    assert not np.array_equal(acted, policy.act(small.observation(), generator(1)))
+
+
+def test_scales_are_those_of_the_statistics():
+    policy = small.policy()
+    values = np.random.default_rng(1).uniform(-1.2, 1.2, (50, 7)).astype(np.float32)
+    values[:, 6] = np.sign(values[:, 6])
+    ours = policy.action_scale.to_unit(torch.from_numpy(values)).numpy()
+    expected = normalize_q99(values, policy.statistics.action)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_the_ratio_of_a_policy_to_itself_is_one():
+    policy = small.policy(lively=0.5)
+    seen = policy.encode(small.observation())
+    _, chain = policy.sample(seen, 6, generator())
+    with torch.no_grad():
+        whole, _ = policy.log_prob(seen, chain)
+        parts = torch.cat(
+            [
+                policy.log_prob(
+                    type(seen)(seen.tokens[i : i + 1], seen.proprio[i : i + 1]),
+                    chain.rows(torch.arange(6 * i, 6 * i + 6)),
+                )[0]
+                for i in range(3)
+            ]
+        )
+        again, _ = policy.log_prob(seen, chain)
+    assert torch.equal(whole, again)
+    assert ((whole - parts).exp() - 1).abs().max() < 1e-3
+
+
+def test_everything_seen_matters():
+    policy = small.policy(lively=0.5)
+    base = policy.act(small.observation(), generator())
+    for name, change in (
+        ("image", lambda x: 255 - x),
+        ("proprio", lambda x: x + 0.5),
+        ("instruction", lambda x: ["open the drawer"] * 3),
+    ):
+        seen = small.observation()
+        seen[name] = change(seen[name])
+        assert not np.allclose(policy.act(seen, generator()), base, atol=1e-4), name
+
+
+def test_any_instruction_is_accepted_and_like_words_share_pieces():
+    assert hashed_pieces("", 64) == hashed_pieces("...", 64) != []
+    a, b, c = (set(hashed_pieces(w, 4096)) for w in ("drawer", "Drawers!", "milk"))
+    assert len(a & b) > len(a & c)
+
+
+def test_wrong_observations_are_refused():
+    policy, seen = small.policy(), small.observation()
+    for name, value, said in (
+        ("image", seen["image"][:, :16], r"expected uint8 \(B, 32, 32, 3\)"),
+        ("image", seen["image"].astype(np.float32), "float32"),
+        ("proprio", seen["proprio"][:, :7], r"expected \(3, 8\)"),
+        ("instruction", "pick up the milk", "a sequence of 3 sentences"),
+        ("instruction", ["pick up the milk"], "a sequence of 3 sentences"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            policy.encode({**seen, name: value})
+
+
+def test_a_folder_holds_the_whole_policy(tmp_path):
+    policy = small.policy(lively=0.5)
+    policy.save_pretrained(tmp_path / "policy", training={"steps": 7})
+    loaded = FlowVLA.from_pretrained(tmp_path / "policy")
+    seen = small.observation()
+    assert np.array_equal(policy.act(seen, generator()), loaded.act(seen, generator()))
+    assert loaded.config == policy.config
+    assert json.loads((tmp_path / "policy" / CONFIG).read_text())["training"] == {"steps": 7}
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_damaged_and_foreign_policies_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="'nowhere' is neither a folder nor one of"):
+        FlowVLA.from_pretrained("nowhere")
+    for name, spoil, said in (
+        (
+            "truncated",
+            lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:99]),
+            WEIGHTS,
+        ),
+        ("no-weights", lambda f: (f / WEIGHTS).unlink(), "is missing"),
+        ("no-statistics", lambda f: (f / STATISTICS).unlink(), "does not describe a policy"),
+        ("not-json", lambda f: (f / CONFIG).write_text("{"), "does not describe a policy"),
+        ("foreign", lambda f: (f / CONFIG).write_text('{"family": "gpt"}'), "family='gpt'"),
+    ):
+        folder = tmp_path / name
+        small.policy().save_pretrained(folder)
+        spoil(folder)
+        with pytest.raises(CheckpointError, match=said):
+            FlowVLA.from_pretrained(folder)

@@ -1,0 +1,104 @@
+"""Supervised fine-tuning: it learns, it resumes, and it keeps away from what is held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import small
+import tiny
+import torch
+from wmgym_agents.policy import FlowVLA
+from wmgym_agents.sft import SFTConfig, sft, usable
+
+from wmgym.data import FrameCache
+from wmgym.data.episodes import EpisodeInfo
+from wmgym.data.lerobot_writer import assemble, stage_episode
+from wmgym.worlds.checkpoints import CheckpointError
+
+
+def config(data, out, **changes):
+    values = {
+        "policy": small.CONFIG,
+        "steps": 6,
+        "batch_size": 4,
+        "draws": 2,
+        "learning_rate": 2e-3,
+        "warmup": 2,
+        "validation_windows": 8,
+        "validate_every": 3,
+        "save_every": 2,
+        "device": "cpu",
+        "bfloat16": False,
+    }
+    return SFTConfig(data=(data,), out=out, **{**values, **changes})
+
+
+def log(out, group):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["group"] == group]
+
+
+def test_it_learns_what_was_meant_not_what_was_executed(tmp_path):
+    names = [f"episode-{i}" for i in range(len(tiny.INIT_STATES))]
+    for number, name in enumerate(names):
+        recorded = tiny.episode(number)
+        meant = np.zeros_like(recorded.actions)
+        meant[:, :2] = np.tanh(8 * (0.5 - recorded.proprio[:, :2]))
+        stage_episode(tmp_path / "s", name, dataclasses.replace(recorded, clean_actions=meant))
+    data = assemble(tmp_path / "s", tmp_path / "data", names)
+    settings = config(data, tmp_path / "run", steps=200, batch_size=16, learning_rate=5e-3)
+    folder = sft(dataclasses.replace(settings, ema=0.9, validate_every=10), progress=False)
+    scores = log(tmp_path / "run", "validation")
+    assert scores[-1]["flow_loss"] < 0.8 * scores[0]["flow_loss"]
+    assert scores[-1]["action_l1"] < 0.6 * scores[0]["action_l1"]
+    policy = FlowVLA.from_pretrained(folder)
+    assert policy.config == small.CONFIG
+    assert not policy.head.sigma_net.final_layer.linear.weight.any()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tiny_dataset, tmp_path, monkeypatch):
+    from wmgym_agents import sft as module
+
+    whole = sft(config(tiny_dataset, tmp_path / "whole"), progress=False)
+    step = module._step
+
+    def killed(run, *given):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return step(run, *given)
+
+    monkeypatch.setattr(module, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft(config(tiny_dataset, tmp_path / "parts"), progress=False)
+    monkeypatch.undo()
+    parts = sft(config(tiny_dataset, tmp_path / "parts"), progress=False)
+    states = [FlowVLA.from_pretrained(folder).state_dict() for folder in (whole, parts)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    with pytest.raises(CheckpointError, match="other settings: seed was 0, is 5"):
+        sft(config(tiny_dataset, tmp_path / "parts", seed=5), progress=False)
+
+
+def test_it_goes_on_from_a_policy(tiny_dataset, tmp_path):
+    start = small.policy()
+    start.save_pretrained(tmp_path / "start")
+    settings = config(
+        tiny_dataset, tmp_path / "run", init_from=str(tmp_path / "start"), learning_rate=1e-6
+    )
+    trained = FlowVLA.from_pretrained(sft(settings, progress=False))
+    assert trained.statistics.num_transitions == start.statistics.num_transitions
+    for name, tensor in start.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_failures_and_held_out_states_are_not_imitated(tiny_dataset, tmp_path):
+    sft(config(tiny_dataset, tmp_path, steps=1, save_every=1), progress=False)
+    seen = FrameCache.open(tmp_path / "cache" / "train").episodes
+    assert {info.init_state_id for info in seen} == {0, 2}
+    assert not usable(EpisodeInfo(0, 9, "task", success=False))
+    assert usable(EpisodeInfo(0, 9, "task", success=None))
+    with pytest.raises(ValueError, match=r"validation_states has \[45\]"):
+        config(tiny_dataset, tmp_path, validation_states=(45,))
