@@ -68,12 +68,13 @@ def test_the_last_window_ends_at_the_last_observation(cache):
 
 def test_target_frames_are_those_of_their_offsets(cache):
     sampler = WindowSampler(cache, horizon=4, context=2, seed=5)
-    seen = set()
+    seen, rng = set(), np.random.default_rng(0)
     for step in range(30):
-        batch = sampler.batch(step, 8, targets=2)
+        offsets = np.sort(rng.permuted(np.tile([1, 2, 3, 4], (8, 1)), axis=1)[:, :2], axis=1)
+        batch = sampler.gather(sampler.indices(step, 8), offsets)
         full = sampler.gather(sampler.indices(step, 8))
         assert batch["frames"].shape[1] == 2 + 2
-        assert (np.diff(batch["offsets"], axis=1) > 0).all()
+        np.testing.assert_array_equal(batch["offsets"], offsets)
         future = codes_of(full)[:, 2:]
         chosen = np.take_along_axis(future, batch["offsets"] - 1, 1)
         np.testing.assert_array_equal(codes_of(batch), np.c_[codes_of(full)[:, :2], chosen])
@@ -85,7 +86,7 @@ def test_target_frames_are_those_of_their_offsets(cache):
 def test_a_resumed_sampler_draws_the_same(cache):
     def draws(steps):
         sampler = WindowSampler(cache, horizon=3, seed=11)
-        return [sampler.batch(s, 6, targets=1) for s in steps]
+        return [sampler.gather(sampler.indices(s, 6)) for s in steps]
 
     for a, b in zip(draws(range(10))[4:], draws(range(4, 10)), strict=True):
         for name in a:
@@ -101,26 +102,11 @@ def test_every_window_is_drawn(cache):
     assert abs(drawn - 1000).max() < 150
 
 
-def test_shares_of_a_batch_make_the_batch(cache):
-    sampler = WindowSampler(cache, horizon=3)
-    whole = sampler.batch(7, 6, targets=2)
-    shares = [sampler.batch(7, 6, targets=2, rank=r, world_size=3) for r in range(3)]
-    for name, values in whole.items():
-        np.testing.assert_array_equal(
-            np.stack([s[name] for s in shares], 1).reshape(values.shape), values
-        )
-
-
 def test_bad_arguments_are_refused(cache):
     with pytest.raises(ValueError, match="longest episode has 9 steps"):
         WindowSampler(cache, horizon=9)
     with pytest.raises(ValueError, match="allowed are integers >= 1"):
         WindowSampler(cache, horizon=3, context=0)
-    sampler = WindowSampler(cache, horizon=3)
-    with pytest.raises(ValueError, match=r"targets=4: allowed are None and 1 \.\.\. 3"):
-        sampler.batch(0, 2, targets=4)
-    with pytest.raises(ValueError, match="not a multiple"):
-        sampler.batch(0, 5, world_size=2)
 
 
 class Counting(LeRobotDataset):

@@ -6,8 +6,8 @@ start, its first frame is repeated), the proprioception of the same steps, and t
 `t + T < N`, so no frame after the last observation is invented.
 
 Which windows make up optimizer step `s` depends on `(seed, s)` alone. Training that resumes at
-step `s` sees what it would have seen, and processes that share the work take every `world_size`-th
-row of the same batch, so the numbers do not depend on how many there are.
+step `s` sees what it would have seen, and processes that share the work take rows of the same batch,
+so the numbers do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -84,45 +84,6 @@ class WindowSampler:
     def indices(self, step: int, batch_size: int) -> NDArray[np.int64]:
         """Windows `(batch_size,)` of optimizer step `step`, drawn with replacement."""
         return np.random.default_rng([self.seed, step]).integers(len(self), size=batch_size)
-
-    def batch(
-        self,
-        step: int,
-        batch_size: int,
-        *,
-        targets: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> dict[str, NDArray]:
-        """The batch of optimizer step `step`.
-
-        Args:
-            step: Number of the optimizer step, >= 0.
-            batch_size: Windows in the whole batch, over all processes.
-            targets: Number of future frames per window, drawn anew for every window; None gives
-                all `T`.
-            rank: Which process this is.
-            world_size: Number of processes; `batch_size` must be a multiple of it.
-
-        Returns:
-            What `gather` returns, for this process's share of the batch.
-
-        Raises:
-            ValueError: `batch_size` is not a multiple of `world_size`, or `targets` is not in
-                1 ... T.
-        """
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size={batch_size} is not a multiple of world_size={world_size}"
-            )
-        offsets = None
-        if targets is not None:
-            if not 1 <= targets <= self.horizon:
-                raise ValueError(f"targets={targets}: allowed are None and 1 ... {self.horizon}")
-            scores = np.random.default_rng([self.seed, step, 1]).random((batch_size, self.horizon))
-            offsets = np.sort(scores.argsort(1)[:, :targets], 1) + 1
-            offsets = offsets[rank::world_size]
-        return self.gather(self.indices(step, batch_size)[rank::world_size], offsets)
 
     def gather(
         self, indices: NDArray[np.int64], offsets: NDArray[np.int64] | None = None
