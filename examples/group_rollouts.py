@@ -75,7 +75,7 @@ def main(args: Args, **env_kwargs: Any) -> Tensor:
         history.append(rewards)
         for group, (reward, advantage) in enumerate(zip(rewards, advantages, strict=True)):
             best = group * args.members + int(reward.argmax())
-            envs.fork(best, range(group * args.members, (group + 1) * args.members))
+            _, info = envs.fork(best, range(group * args.members, (group + 1) * args.members))
             print(f"chunk {chunk}, group {group}: advantages", *(f"{a:+.2f}" for a in advantage))
     envs.close()
     return torch.stack(history)

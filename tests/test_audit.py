@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from scipy.stats import spearmanr
 
 from wmgym import audit as module
 from wmgym.audit import (
@@ -29,16 +28,6 @@ from wmgym.data import LeRobotDataset
 HORIZON = 4
 
 # --- rank correlation ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("values", [4, 12, 10**6], ids=["many ties", "ties", "no ties"])
-@pytest.mark.parametrize("count", [2, 5, 400])
-def test_spearman_equals_scipy(count, values):
-    rng = np.random.default_rng([count, values])
-    x = rng.integers(values, size=count) * 1.0
-    y = np.where(rng.random(count) < 0.5, x, rng.integers(values, size=count))
-    x[:2], y[:2] = (0, values), (values, 1)  # neither is constant
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
 
 
 def test_spearman_of_monotonic_values_is_one():
@@ -273,3 +262,31 @@ def test_data_without_simulator_states_are_refused(data, tmp_path):
     bare = subset(data, tmp_path / "bare", [5], keep_sim_states=False)
     with pytest.raises(ValueError, match="stores no simulator states"):
         audit(tiny.world(), config(bare, tmp_path / "work"), progress=False)
+
+
+def test_data_without_poses_of_fixtures_are_refused(data, tiny_dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"stores no poses of fixtures.*`wmgym record`"):
+        audit(tiny.world(), config(tiny_dataset, tmp_path / "work"), progress=False)
+
+
+@pytest.mark.parametrize("past", [1, 3])
+def test_a_world_is_given_as_much_of_the_past_as_it_asks_for(past, data, tmp_path):
+    world, given = tiny.world(), []
+    start, world.context = world.start, past
+
+    def watched(frames, proprio):
+        given.append((frames, proprio))
+        return start(frames, proprio)
+
+    world.start = watched
+    settings = config(data, tmp_path / "work", starts=2, seed=1)
+    audit(world, settings, progress=False)
+    assert [place.frame for place in audit_starts(settings)] == [8, 0]
+    for place, (frames, proprio) in zip(audit_starts(settings), given, strict=True):
+        episode = LeRobotDataset(data).read(place.episode_id)
+        steps = np.arange(place.frame - past + 1, place.frame + 1).clip(0)
+        assert frames.shape[:2] == proprio.shape[:2] == (len(place.actions), past)
+        for row in range(len(place.actions)):
+            images = (frames[row] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            np.testing.assert_array_equal(images, episode.images[steps])
+            np.testing.assert_array_equal(proprio[row], episode.proprio[steps])

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,10 @@ from tqdm import tqdm
 
 from wmgym.data import LeRobotDataset
 from wmgym.envs.simulator import Simulator, gripper_command_after
+from wmgym.extras import require
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_distance
+from wmgym.workers import in_workers
 from wmgym.worlds.evaluate import held_out_starts, read_windows
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.world import World
@@ -125,8 +124,12 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
     info = dataset.episodes[start.episode_id]
     piece = dataset.read(start.episode_id, start.frame, start.frame + 1)
     fingers = gripper_command_after(dataset.read_numbers(start.episode_id)[1][: start.frame])
-    if piece.sim_states is None:
-        raise ValueError(f"{start.dataset} stores no simulator states; an audit needs them")
+    if piece.sim_states is None or "fixtures" not in info.extra:
+        missing = "simulator states" if piece.sim_states is None else "poses of fixtures"
+        raise ValueError(
+            f"episode {start.episode_id} of {start.dataset} stores no {missing}, and an audit "
+            f"needs them; `wmgym record` stores them, `wmgym subset --sim-states` keeps them"
+        )
     height, width = piece.images.shape[1:3]
     simulator = _simulator(info.suite, info.task_id, (height, width), config.fast_rendering)
     frames, proprio, objects = [], [], []
@@ -149,20 +152,14 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
     part.replace(target)
 
 
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["LP_NUM_THREADS"] = "0"
-
-
 def run_for_real(starts: Sequence[Start], config: AuditConfig, *, progress: bool = True) -> None:
     """Runs all chunks in LIBERO, in parallel; starts that are done already are left alone."""
     (config.out / "real").mkdir(parents=True, exist_ok=True)
     ordered = sorted(starts, key=lambda s: (str(s.dataset), s.episode_id))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, initializer=_one_thread) as pool:
-        done = pool.map(_run_for_real, ordered, [config] * len(ordered), chunksize=8)
-        for _ in tqdm(done, total=len(ordered), desc="LIBERO", disable=not progress):
-            pass
+    run = functools.partial(_run_for_real, config=config)
+    done = in_workers(run, ordered, config.workers)
+    for _ in tqdm(done, total=len(ordered), desc="LIBERO", disable=not progress):
+        pass
 
 
 @torch.no_grad()
@@ -201,14 +198,14 @@ def _compare(
         real_frames = torch.from_numpy(real["frames"]).movedim(-1, -3).float() / 255
         real_tip, objects = real["proprio"][..., :3], real["objects"]
     dataset = LeRobotDataset(start.dataset)
-    frames, proprio, _ = read_windows(dataset, [(start.episode_id, start.frame)], config.horizon)
-    chunks = len(start.actions)
+    place, past, chunks = (start.episode_id, start.frame), world.context, len(start.actions)
+    frames, proprio, _ = read_windows(dataset, [place], config.horizon, context=past)
     state = world.start(
-        frames[:, :1].expand(chunks, world.context, -1, -1, -1),
-        proprio[:, :2].expand(chunks, -1, -1),
+        frames[:, :past].expand(chunks, -1, -1, -1, -1),
+        proprio[:, :past].expand(chunks, -1, -1),
     )
     _, imagined = world.step(state, torch.from_numpy(start.actions))
-    recorded = frames[:, 1:].expand(chunks - 1, -1, -1, -1, -1)
+    recorded = frames[:, past:].expand(chunks - 1, -1, -1, -1, -1)
     dreamed = imagined.frames.cpu()
 
     def distance(x: Tensor, y: Tensor) -> NDArray[np.float64]:
@@ -269,22 +266,12 @@ def summarise(table: dict[str, NDArray]) -> dict[str, Any]:
 
 
 def spearman(x: NDArray, y: NDArray) -> float:
-    """Spearman's rank correlation; ties get their mean rank. NaN for fewer than two values."""
-    if len(x) < 2:
-        return float("nan")
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: NDArray) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return ((last - counts + last - 1) / 2)[inverse]
+    """Spearman's rank correlation; NaN for fewer than two values."""
+    return float(require("scipy.stats", "libero").spearmanr(x, y).statistic)
 
 
 def plot(report: dict[str, Any], path: str | Path) -> None:
     """Draws one page: imagined against real R3, R3 against displacement, drift, by noise size."""
-    from wmgym.extras import require
-
     require("matplotlib", "dev")
     from matplotlib.figure import Figure
 

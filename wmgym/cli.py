@@ -200,11 +200,12 @@ class Audit:
         )
         target = self.out or _beside(world_folder(self.world), "audit.json")
         figures = audit(load_world(self.world), config)
-        _report(target, figures, self.seed)
+        target.parent.mkdir(parents=True, exist_ok=True)
         plot(figures, target.with_suffix(".png"))
+        del figures["chunks"]
+        _report(target, figures, self.seed)
         for name, value in figures.items():
-            if name != "chunks":
-                print(f"{name:24s} {value}")
+            print(f"{name:24s} {value}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ doubts a figure can ask for it again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_report(path: str | Path, figures: dict[str, Any], *, command: str, see
 
     Args:
         path: The JSON file; its folder is made if missing.
-        figures: JSON values.
+        figures: JSON values; NaN and infinities, which JSON lacks, are written as null.
         command: The line that makes this report.
         seed: The seed it was made with.
     """
@@ -58,8 +59,17 @@ def write_report(path: str | Path, figures: dict[str, Any], *, command: str, see
         "version": wmgym.__version__,
     }
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({**figures, **origin}, indent=2) + "\n")
+    part.write_text(json.dumps(_finite({**figures, **origin}), indent=2, allow_nan=False) + "\n")
     part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quality_table(folder: str | Path) -> str:
@@ -84,19 +94,23 @@ def audit_table(folder: str | Path) -> str:
     """Markdown table of a world's `audit.json`."""
     report = json.loads((Path(folder) / "audit.json").read_text())
     rows = (
-        ("Spearman of imagined and real R3, all chunks", f"{report['spearman_r3']:.3f}"),
-        ("the same within a start, mean", f"{report['spearman_r3_within']:.3f}"),
-        ("Spearman of imagined R2 and real R3", f"{report['spearman_r2']:.3f}"),
-        ("Spearman of imagined R3 and gripper displacement", f"{report['spearman_tip']:.3f}"),
+        ("Spearman of imagined and real R3, all chunks", _shown(report["spearman_r3"])),
+        ("the same within a start, mean", _shown(report["spearman_r3_within"])),
+        ("Spearman of imagined R2 and real R3", _shown(report["spearman_r2"])),
+        ("Spearman of imagined R3 and gripper displacement", _shown(report["spearman_tip"])),
         (
             f"Spearman of imagined R3 and object displacement "
             f"({report['n_object_chunks']} chunks that move one)",
-            f"{report['spearman_object']:.3f}",
+            _shown(report["spearman_object"]),
         ),
         ("pairs of chunks of one start ordered wrongly", f"{100 * report['pairs_wrong']:.1f} %"),
     )
     head = f"| {report['n_chunks']} chunks from {report['n_starts']} held-out starts | |"
     return "\n".join([head, "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _shown(figure: float | None) -> str:
+    return "undefined" if figure is None else f"{figure:.3f}"
 
 
 def speed_table(path: str | Path) -> str:

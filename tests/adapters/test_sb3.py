@@ -241,7 +241,16 @@ def test_wraps_a_given_environment_and_its_wrappers():
     assert env.env_is_wrapped(Monitor) == [False] * ROWS
     assert env.get_attr("world")[0] is inner.world
     env.reset()
-    assert env.step(actions_of(env))[1].shape == (ROWS,)
+    total = np.zeros(ROWS)
+    for t in range(3):
+        _, rewards, dones, infos = env.step(actions_of(env, t))
+        assert rewards.shape == (ROWS,)
+        assert [("episode" in info) for info in infos] == dones.tolist()
+        total += rewards
+    assert dones.all()
+    np.testing.assert_allclose([info["episode"]["r"] for info in infos], total, rtol=1e-6)
+    assert [info["episode"]["l"] for info in infos] == [3] * ROWS
+    assert not any("episode" in info for info in env.reset_infos)
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "Disabled"])

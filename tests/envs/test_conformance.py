@@ -105,10 +105,26 @@ def test_single_environment_is_the_batch_of_one(arguments):
         assert info["reward_terms"]["mae"] == infos["reward_terms"]["mae"][0]
         state = single.get_state()
     single.step(action)
-    single.set_state(state)
+    seen, told = single.set_state(state)
+    assert data_equivalence(seen, observation, exact=True)
+    assert data_equivalence(told, {key: info[key] for key in told}, exact=True)
     repeated = single.step(action)
     single.set_state(state)
     assert data_equivalence(repeated, single.step(action), exact=True)
+
+
+@pytest.mark.parametrize(("chunk", "fps"), [(None, 20), (8, 2.5)])
+def test_frames_are_shown_at_the_pace_of_steps(arguments, chunk, fps):
+    for kind in (WorldModelEnv, WorldModelVectorEnv):
+        assert kind(action_chunk=chunk, **arguments).metadata["render_fps"] == fps
+
+
+def test_refused_reset_leaves_the_single_environment_as_it_was(arguments):
+    env = WorldModelEnv(**arguments)
+    env.reset(seed=3)
+    with pytest.raises(ValueError, match="episode_id=99"):
+        env.reset(seed=4, options={"episode_id": 99})
+    assert env.np_random_seed == 3
 
 
 def test_single_environment_refuses_vector_arguments(arguments):

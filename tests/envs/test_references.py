@@ -102,8 +102,10 @@ def test_more_noise_less_reward():
     assert means[0] > means[1] > means[2]
 
 
-def test_r3_is_the_distance_to_the_imagined_reference():
-    env = make(2, horizon=2, output="torch", reward_weights={"mae": 2.0, "lpips": 0.5})
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_r3_is_the_distance_to_the_imagined_reference(net):
+    chosen = {"reward_weights": {"mae": 2.0, "lpips": 0.5}, "lpips_net": net}
+    env = make(2, horizon=2, output="torch", **chosen)
     _, infos = env.reset(seed=0)
     world, starts = env.world, env.starts
     context = torch.from_numpy(np.stack([s.context_images for s in starts]))
@@ -114,7 +116,7 @@ def test_r3_is_the_distance_to_the_imagined_reference():
     _, reference = world.step(state, infos["reference_action"][:, None])
     _, reward, *_, infos = env.step(actions)
     x, y = imagined.frames[:, 0], reference.frames[:, 0]
-    mae, lpips = (x - y).abs().mean((1, 2, 3)), LPIPS()(x, y)
+    mae, lpips = (x - y).abs().mean((1, 2, 3)), LPIPS(net)(x, y)
     torch.testing.assert_close(reward, -(2.0 * mae + 0.5 * lpips), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(infos["reward_terms"]["mae"], mae)
     torch.testing.assert_close(infos["reward_terms"]["lpips"], lpips, rtol=1e-4, atol=1e-6)

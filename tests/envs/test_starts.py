@@ -1,15 +1,22 @@
-"""Starts: who is eligible, how they are drawn, what is read."""
+"""Starts: who is eligible, how they are drawn, what is read; what is loaded by name."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 
 import numpy as np
 import pytest
+from tiny import model
 from toy import SIZE, ToyDataset
 
+from wmgym.data.episodes import DatasetError
+from wmgym.data.lerobot_format import INFO_PATH
 from wmgym.envs.cache import ByteCache
+from wmgym.envs.resources import resolve_dataset, resolve_world
 from wmgym.envs.starts import StartStates
+from wmgym.worlds.checkpoints import WEIGHTS, CheckpointError, save_world
 
 
 def make(dataset=None, **changes):
@@ -150,3 +157,42 @@ def test_cache_forgets_the_least_recently_used():
     assert cache.get("huge") is None
     cache.clear()
     assert (cache.bytes, len(cache)) == (0, 0)
+
+
+# Worlds and datasets by name.
+
+
+@pytest.mark.parametrize("suite", ["libero_goal", "libero_objekt"])
+def test_suites_without_shipped_demonstrations(suite):
+    with pytest.raises(ValueError, match=f"suite='{suite}'.* 'libero_object', .*wmgym record"):
+        resolve_dataset(None, suite)
+
+
+def test_world_is_loaded_once_until_it_is_written_anew(tmp_path, monkeypatch):
+    folder = tmp_path / "one" / "world"
+    save_world(folder, model(seed=0))
+    monkeypatch.chdir(tmp_path)
+    first = resolve_world("one/world", "cpu", "float32")
+    assert resolve_world(folder, "cpu", "float32") is first
+    monkeypatch.chdir(tmp_path / "one")
+    assert resolve_world("world", "cpu", "float32") is first
+    save_world(folder, model(seed=1))
+    os.utime(folder / WEIGHTS, ns=(0, 1))
+    assert resolve_world("world", "cpu", "float32") is not first
+    save_world(tmp_path / "two" / "world", model(seed=0))
+    monkeypatch.chdir(tmp_path / "two")
+    assert resolve_world("world", "cpu", "float32") is not first
+    with pytest.raises(CheckpointError, match="no world"):
+        resolve_world(tmp_path, "cpu", "float32")
+
+
+def test_dataset_is_loaded_once_until_it_is_written_anew(tmp_path, tiny_dataset, monkeypatch):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_dataset, folder)
+    monkeypatch.chdir(tmp_path)
+    first = resolve_dataset("data", "libero_object")
+    assert resolve_dataset(folder, "libero_object") is first
+    os.utime(folder / INFO_PATH, ns=(0, 1))
+    assert resolve_dataset("data", "libero_object") is not first
+    with pytest.raises(DatasetError, match="not a folder"):
+        resolve_dataset("nowhere", "libero_object")

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from toy import ToyDataset, ToyWorld
 
+from wmgym.envs.edge import Edge
 from wmgym.envs.world_model import WorldModelEnv, WorldModelVectorEnv
 
 
@@ -217,12 +218,19 @@ def test_bad_options(options, error, message):
         env.reset(options=options)
 
 
-def test_refused_reset_changes_nothing():
-    env = make(2)
+@pytest.mark.parametrize("mask", [None, np.array([False, True])])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_refused_reset_changes_nothing(mask, seed):
+    env, twin = make(2), make(2)
     before, _ = env.reset(seed=0)
-    with pytest.raises(ValueError, match="episode_id=9"):
-        env.reset(options={"episode_id": 9})
+    twin.reset(seed=0)
+    options = {"episode_id": np.array([0, 99])} | ({} if mask is None else {"reset_mask": mask})
+    with pytest.raises(ValueError, match="episode_id=99"):
+        env.reset(seed=seed, options=options)
+    assert env.np_random_seed == 0
     assert_equal({"image": env.get_state().images.numpy()}, {"image": before["image"]})
+    assert_equal(env.step(actions_of(env)), twin.step(actions_of(env)))
+    assert_equal(env.reset(), twin.reset())
 
 
 def test_must_be_reset_first():
@@ -341,8 +349,7 @@ def test_restored_state_repeats_exactly(mode):
     state = env.get_state()
     runs = []
     for _ in range(3):
-        env.set_state(state)
-        runs.append([env.step(actions_of(env, t)) for t in range(9)])
+        runs.append([env.set_state(state), *(env.step(actions_of(env, t)) for t in range(9))])
     assert_equal(runs[0], runs[1])
     assert_equal(runs[0], runs[2])
 
@@ -355,6 +362,30 @@ def test_state_of_another_shape_is_refused():
     other.reset(seed=0)
     with pytest.raises(ValueError, match=r"\(4, 4, True\) in the snapshot and \(4, 2, True\) here"):
         other.set_state(state)
+
+
+def test_state_is_restored_with_what_was_seen():
+    env = make(4, group_size=2)
+    seen = env.reset(seed=0)
+    state = env.get_state()
+    env.reset()
+    assert_equal(env.set_state(state), seen)
+
+
+def test_fork_shows_all_rows_as_they_are():
+    env = make(4, group_size=2)
+    env.reset(options={"episode_id": np.array([0, 0, 1, 1]), "frame_index": 2})
+    observation, *_, infos = env.step(actions_of(env))
+    same, same_infos = env.fork(0, [0])
+    assert_equal(same, observation)
+    assert_equal(same_infos, {key: infos[key] for key in same_infos})
+    forked, forked_infos = env.fork(3, [0, 1])
+    order = [3, 3, 2, 3]
+    for key in observation:
+        np.testing.assert_array_equal(forked[key], observation[key][order])
+    for key in ("instruction", "episode_id", "reference_action"):
+        np.testing.assert_array_equal(forked_infos[key], infos[key][order])
+        assert forked_infos[f"_{key}"].all()
 
 
 def test_fork_equals_replay():
@@ -385,28 +416,46 @@ def test_fork_refuses_a_part_of_another_group():
 # Actions, output, randomness.
 
 
-def test_bad_actions():
+@pytest.mark.parametrize("given", [np.asarray, torch.from_numpy])
+def test_bad_actions(given):
     env = make(2)
     env.reset(seed=0)
     with pytest.raises(ValueError, match="shape \\(2, 6\\), expected \\(2, 7\\)"):
-        env.step(np.zeros((2, 6), np.float32))
-    broken = np.zeros((2, 7), np.float32)
-    broken[1, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity, first at index \\[1, 3\\]"):
-        env.step(broken)
+        env.step(given(np.zeros((2, 6), np.float32)))
+    for value in (np.nan, np.inf, -np.inf):
+        broken = np.zeros((2, 7), np.float32)
+        broken[1, 3] = value
+        with pytest.raises(ValueError, match="NaN or infinity, first at index \\[1, 3\\]"):
+            env.step(given(broken))
 
 
-def test_out_of_range_is_clipped_with_one_warning():
+@pytest.mark.parametrize("given", [np.asarray, torch.from_numpy])
+def test_out_of_range_is_clipped_with_one_warning(given):
     env, twin = make(2), make(2)
     for e in (env, twin):
         e.reset(seed=0)
     wild = 3.0 * actions_of(env)
     with pytest.warns(UserWarning, match="outside \\[-1, 1\\] are clipped"):
-        one = env.step(wild)
+        one = env.step(given(wild))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env.step(wild)
+        env.step(given(wild))
     assert_equal(one, twin.step(np.clip(wild, -1, 1)))
+
+
+def test_tensors_of_actions_stay_on_the_device(monkeypatch):
+    edge = Edge("torch", torch.device("cpu"), (2, 7))
+    wild = 3.0 * np.random.default_rng(0).standard_normal((4, 2, 7)).astype(np.float32)
+    with pytest.warns(UserWarning, match="are clipped"):
+        expected = edge.actions(wild, 4)
+    actions = torch.from_numpy(wild).requires_grad_()
+    with monkeypatch.context() as patch:
+        for method in ("cpu", "numpy", "__array__"):
+            patch.setattr(torch.Tensor, method, None, raising=False)
+        checked = edge.actions(actions, 4)
+    assert not checked.requires_grad
+    np.testing.assert_array_equal(checked.numpy(), expected.numpy())
+    assert abs(actions.detach()).max() > 1
 
 
 def test_given_actions_are_not_changed():
@@ -520,6 +569,7 @@ def test_render_shows_imagined_and_reference():
         ({"reward_weights": {"mae": 1.0}}, "not with a function"),
         ({"autoreset_mode": "Sometimes"}, "autoreset_mode='Sometimes'"),
         ({"dtype": "float16"}, "dtype='float16'"),
+        ({"lpips_net": "squeeze"}, "lpips_net='squeeze': allowed are 'alex' and 'vgg'"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tqdm import tqdm
 
 from wmgym.data import LeRobotDataset
+from wmgym.data.lerobot_writer import staged_names
 from wmgym.experts import recorder
 from wmgym.experts.recorder import ActionNoise, RecordConfig, Take, record, takes
+from wmgym.workers import in_workers
 
 SUITE = "libero_object"
 LIMIT = 12
@@ -192,27 +197,18 @@ class ToyExpert:
 
 
 class HereAndNow:
-    """An executor that works in this process, and can be interrupted after a few jobs."""
+    """Workers in this process, which can be interrupted after a few jobs."""
 
     patience = 10**6
     jobs: list[Take] = []  # noqa: RUF012
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        pass
-
-    def submit(self, function, settings, take):
-        if len(HereAndNow.jobs) >= HereAndNow.patience:
-            raise KeyboardInterrupt
-        HereAndNow.jobs.append(take)
-        future: Future = Future()
-        future.set_result(function(settings, take))
-        return future
+    @staticmethod
+    def run(function, jobs, workers):
+        for job in jobs:
+            if len(HereAndNow.jobs) >= HereAndNow.patience:
+                raise KeyboardInterrupt
+            HereAndNow.jobs.append(job)
+            yield function(job)
 
 
 @pytest.fixture
@@ -220,7 +216,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(recorder, "Simulator", ToySimulator)
     monkeypatch.setattr(recorder, "expert", ToyExpert)
     monkeypatch.setattr(recorder, "initial_states", lambda suite, task: np.arange(50.0)[:, None])
-    monkeypatch.setattr(recorder, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(recorder, "in_workers", HereAndNow.run)
     monkeypatch.setattr(HereAndNow, "jobs", [])
     monkeypatch.setattr(ToySimulator, "renders", 0)
     recorder._simulator.cache_clear()
@@ -320,6 +316,127 @@ def test_a_dataset_is_never_overwritten(toy, tmp_path):
     assert HereAndNow.jobs == []
 
 
+# --- what is staged belongs to one configuration -------------------------------------------------
+
+
+def interrupted(settings: RecordConfig, monkeypatch, after: int = 3) -> Path:
+    """The staging area of a recording that was interrupted after some takes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(HereAndNow, "patience", after)
+        with pytest.raises(KeyboardInterrupt):
+            record(settings, progress=False)
+    HereAndNow.jobs.clear()
+    return settings.out.with_name(settings.out.name + ".staging")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"burst_rate": 0.5},
+        {"fast_rendering": False},
+        {"image_size": 64},
+        {"attempts": 1, "seed": 2},
+    ],
+)
+def test_takes_of_another_configuration_are_refused(changes, toy, tmp_path, monkeypatch):
+    settings = config(tmp_path / "set")
+    interrupted(settings, monkeypatch)
+    with pytest.raises(ValueError, match=r"set\.staging holds takes recorded with") as refusal:
+        record(dataclasses.replace(settings, **changes), progress=False)
+    for name, value in changes.items():
+        assert f"{name}={getattr(settings, name)!r} (now {value!r})" in str(refusal.value)
+    assert str(refusal.value).count("now") == len(changes)
+    assert HereAndNow.jobs == []
+    record(settings, progress=False)
+
+
+def test_a_staging_area_without_takes_belongs_to_nobody(toy, tmp_path, monkeypatch):
+    interrupted(config(tmp_path / "set"), monkeypatch, after=0)
+    record(config(tmp_path / "set", seed=1), progress=False)
+
+
+def test_takes_may_be_added_with_any_number_of_workers(toy, tmp_path, monkeypatch):
+    whole = config(tmp_path / "whole" / "set", episodes=4, workers=1)
+    parts = config(tmp_path / "parts" / "set", episodes=2, tasks=(3,), workers=2)
+    interrupted(parts, monkeypatch)
+    record(whole, progress=False)
+    record(dataclasses.replace(whole, out=parts.out, workers=3), progress=False)
+    assert content(parts.out) == content(whole.out)
+
+
+def test_progress_counts_the_takes_of_this_recording_only(toy, tmp_path, monkeypatch):
+    many = config(tmp_path / "set", episodes=6)
+    interrupted(many, monkeypatch, after=5)
+    bars = []
+
+    def bar(**options):
+        bars.append(options)
+        return tqdm(**options)
+
+    monkeypatch.setattr(recorder, "tqdm", bar)
+    record(dataclasses.replace(many, episodes=2), progress=False)
+    assert (bars[0]["initial"], bars[0]["total"]) == (2, 8)
+
+
+def test_takes_of_unknown_configuration_are_refused_until_it_is_written_down(
+    toy, tmp_path, monkeypatch
+):
+    settings = config(tmp_path / "set")
+    staging = interrupted(settings, monkeypatch)
+    (staging / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json that says how") as refusal:
+        record(settings, progress=False)
+    assert HereAndNow.jobs == []
+    (staging / "config.json").write_text(re.search(r"\{.*\}", str(refusal.value))[0])
+    record(settings, progress=False)
+    assert len(HereAndNow.jobs) == len(takes(settings)) - 3
+
+
+# --- in processes -------------------------------------------------------------------------------
+
+
+def stage_slowly(settings: RecordConfig, take: Take) -> bool:
+    settings.out.with_name(take.name).touch()
+    time.sleep(0.5)
+    return True
+
+
+def fail_first(settings: RecordConfig, take: Take) -> bool:
+    if take == takes(settings)[0]:
+        raise RuntimeError("the arm fell off")
+    return stage_slowly(settings, take)
+
+
+def interrupt_first(settings: RecordConfig, take: Take) -> bool:
+    if take == takes(settings)[0]:
+        os.kill(os.getppid(), signal.SIGINT)
+    return stage_slowly(settings, take)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"), [(fail_first, RuntimeError), (interrupt_first, KeyboardInterrupt)]
+)
+def test_an_error_and_ctrl_c_stop_a_recording_at_once(stage, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "_stage", stage)
+    settings = config(tmp_path / "set", episodes=10)
+    with pytest.raises(error):
+        record(settings, progress=False)
+    assert len(list(tmp_path.glob("task*"))) < len(takes(settings)) // 2
+
+
+def threads(_: int) -> tuple[int, str, str]:
+    return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"]
+
+
+def test_workers_have_one_thread_and_this_process_keeps_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    assert list(in_workers(threads, [0], 1)) == [(1, "1", "0")]
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert "LP_NUM_THREADS" not in os.environ
+
+
 # --- in LIBERO ----------------------------------------------------------------------------------
 
 
@@ -336,7 +453,7 @@ def test_a_killed_recording_in_libero_ends_in_the_same_dataset(tmp_path):
     with subprocess.Popen([*program, str(parts)], env=environment, start_new_session=True) as run:
         try:
             deadline = time.monotonic() + 300
-            while not any(p.suffix != ".part" for p in staging.glob("*")):
+            while not staged_names(staging):
                 assert run.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.02)

@@ -24,8 +24,11 @@ class Copier:
 
     device = torch.device("cpu")
 
+    def __init__(self, context=2):
+        self.context = context
+
     def start(self, frames, proprio):
-        assert frames.shape[1] == proprio.shape[1] == 2
+        assert frames.shape[1] == proprio.shape[1] == self.context
         return frames[:, -1:]
 
     def step(self, frame, actions):
@@ -116,6 +119,13 @@ def test_means_are_those_of_the_steps_and_of_the_datasets(report, tiny_dataset, 
     assert both["mse"] == pytest.approx(weighted, abs=2e-5)
 
 
+@pytest.mark.parametrize("context", [1, 4])
+def test_a_world_is_given_as_much_of_the_past_as_it_asks_for(context, report, tiny_dataset):
+    world = Copier(context)
+    scores = evaluate(world, [tiny_dataset], windows=1000, horizon=HORIZON, progress=False)
+    assert scores == report
+
+
 def test_a_real_world_is_scored_and_the_seed_chooses_the_windows(tiny_dataset):
     world = tiny.world()
     reports = [
@@ -147,14 +157,15 @@ def test_starts_are_held_out_distinct_and_leave_room(dataset):
         held_out_starts(dataset, tiny.LENGTH, 1, seed=0)
 
 
-def test_windows_hold_what_was_recorded(dataset):
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_windows_hold_what_was_recorded(context, dataset):
     places = [(5, 0), (6, 1), (5, tiny.LENGTH - HORIZON - 1)]
-    frames, proprio, actions = read_windows(dataset, places, HORIZON)
-    assert frames.shape == (3, 1 + HORIZON, 3, tiny.SIZE, tiny.SIZE)
+    frames, proprio, actions = read_windows(dataset, places, HORIZON, context=context)
+    assert frames.shape == (3, context + HORIZON, 3, tiny.SIZE, tiny.SIZE)
     for row, (episode_id, t) in enumerate(places):
         episode = dataset.read(episode_id)
         images = (frames[row] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        np.testing.assert_array_equal(images, episode.images[t : t + HORIZON + 1])
-        readings = [max(t - 1, 0), *range(t, t + HORIZON + 1)]
-        np.testing.assert_array_equal(proprio[row], episode.proprio[readings])
+        steps = np.arange(t - context + 1, t + HORIZON + 1).clip(0)
+        np.testing.assert_array_equal(images, episode.images[steps])
+        np.testing.assert_array_equal(proprio[row], episode.proprio[steps])
         np.testing.assert_array_equal(actions[row], episode.actions[t : t + HORIZON])

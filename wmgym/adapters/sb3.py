@@ -7,8 +7,9 @@ model; nothing is copied per environment.
 
 In the info of a row that has ended lie `terminal_observation` and `TimeLimit.truncated`, both
 needed to bootstrap the value of a truncated episode, and, where success is known, `is_success`,
-which stable-baselines3 logs as success rate. What belongs to the episode that has begun since, as
-its `instruction`, is in `reset_infos`.
+which stable-baselines3 logs as success rate, as it does the `episode` that Gymnasium's
+`RecordEpisodeStatistics` adds. What belongs to the episode that has begun since, as its
+`instruction`, is in `reset_infos`.
 
 Letters: `B` environments.
 """
@@ -117,10 +118,11 @@ class SB3VecEnv(VecEnv):
         dones = np.asarray(terminated | truncated)
         infos = [take_row(vector, row) for row in range(self.num_envs)]
         for row in np.flatnonzero(dones).tolist():
-            final, last = infos[row].pop("final_obs"), infos[row].pop("final_info")
-            self.reset_infos[row] = infos[row]
+            began = self.reset_infos[row] = infos[row]
+            final, last = began.pop("final_obs"), began.pop("final_info")
             infos[row] = {
                 **last,
+                **{key: began.pop(key) for key in ("episode",) if key in began},
                 "terminal_observation": self._select(final),
                 "TimeLimit.truncated": bool(truncated[row] and not terminated[row]),
             }

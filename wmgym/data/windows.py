@@ -5,9 +5,8 @@ start, its first frame is repeated), the proprioception of the same steps, and t
 `t ... t + T - 1`; frame `t + i` follows action `t + i - 1`. Windows exist for every `t` with
 `t + T < N`, so no frame after the last observation is invented.
 
-Which windows make up optimizer step `s` depends on `(seed, s)` alone. Training that resumes at
-step `s` sees what it would have seen, and processes that share the work take rows of the same batch,
-so the numbers do not depend on how many there are.
+Which windows make up optimizer step `s` depends on `(seed, s)` alone: training that resumes at
+step `s` sees what it would have seen.
 """
 
 from __future__ import annotations

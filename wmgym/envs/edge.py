@@ -6,6 +6,7 @@ With `output="numpy"` everything comes out as numpy arrays, as Gymnasium's wrapp
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from wmgym.envs.infos import take_value
 from wmgym.envs.state import EnvState
-from wmgym.spaces import ACTION_DIM, check_actions
+from wmgym.spaces import ACTION_DIM
 
 
 class Edge:
@@ -42,20 +43,28 @@ class Edge:
     def actions(self, actions: Any, num_envs: int) -> Tensor:
         """Actions `(B, T, 7)` on the device, clipped to [-1, 1]; the first clipping warns.
 
+        Tensors that are there stay there: one number leaves the device, the largest size.
+
         Raises:
             ValueError: Wrong shape, NaN or infinity.
         """
-        if isinstance(actions, Tensor):
-            actions = actions.detach().float().cpu().numpy()
-        clipped = check_actions(actions, (num_envs, *self._action_shape))
-        largest = np.abs(np.asarray(actions)).max()
+        if not isinstance(actions, Tensor):
+            actions = torch.from_numpy(np.array(actions, np.float32))
+        given = actions.detach().to(self._device, torch.float32)
+        shape = (num_envs, *self._action_shape)
+        if given.shape != shape:
+            raise ValueError(f"actions have shape {tuple(given.shape)}, expected {shape}")
+        largest = float(given.abs().max())
+        if not math.isfinite(largest):
+            where = (~given.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"actions contain NaN or infinity, first at index {where}")
         if largest > 1.0 and not self._warned:
             self._warned = True
             logger.warn(
                 f"actions reach {largest:.3g} in size: values outside [-1, 1] are clipped, as "
                 "LIBERO's controller does (this is said once)"
             )
-        return torch.from_numpy(clipped).reshape(num_envs, -1, ACTION_DIM).to(self._device)
+        return given.clamp(-1.0, 1.0).reshape(num_envs, -1, ACTION_DIM)
 
     def tensor(self, values: Tensor) -> Any:
         """A tensor as the caller wants it; rewards and terms become float64 in numpy."""

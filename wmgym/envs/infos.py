@@ -39,10 +39,14 @@ def add_rows(
 
 
 def take_row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """The info of one environment: numpy scalars as Python's, arrays and tensors as copies."""
+    """The info of one environment: numpy scalars as Python's, arrays and tensors as copies.
+
+    What has no mask, as in the nested dictionaries of Gymnasium's wrappers, every row has.
+    """
     single = {}
     for key, value in infos.items():
-        if key.startswith("_") or not infos[f"_{key}"][row]:
+        mask = infos.get(f"_{key}")
+        if key.startswith("_") or (mask is not None and not mask[row]):
             continue
         if isinstance(value, Mapping):
             single[key] = take_row(value, row)

@@ -1,7 +1,8 @@
 """Worlds and datasets by name, loaded once a process.
 
 A thousand environments of one world share its weights: the caches below are keyed by what decides
-the loaded object, so `gym.make` in a loop or a vector of single environments costs no memory.
+the loaded object, so `gym.make` in a loop or a vector of single environments costs no memory. When
+its files were written is part of that: a world trained anew into the same folder is loaded anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from wmgym.assets import asset_path
 from wmgym.data.episodes import Dataset
+from wmgym.data.lerobot_format import INFO_PATH
 from wmgym.worlds.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,7 +45,10 @@ def resolve_world(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
     if isinstance(world, (str, os.PathLike)):
-        return _load_world(os.fspath(world), resolve_device(device), dtype)
+        from wmgym.worlds.checkpoints import WEIGHTS, world_folder
+
+        folder = world_folder(os.fspath(world)).resolve()
+        return _load_world(folder, _written(folder / WEIGHTS), resolve_device(device), dtype)
     if isinstance(world, World):
         return world
     raise TypeError(
@@ -55,14 +61,20 @@ def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str
     """A LeRobot dataset by folder, the object itself, or for None the shipped one of `suite`.
 
     Raises:
+        ValueError: No demonstrations of `suite` ship with wmgym.
         TypeError: Neither a path nor a `Dataset`.
     """
     if dataset is None:
-        from wmgym.assets import asset_path
-
-        return _load_dataset(Path(asset_path("demos", suite)))
+        demos = {path.name: path for path in sorted(asset_path("demos").iterdir())}
+        if suite not in demos:
+            raise ValueError(
+                f"suite={suite!r}: demonstrations ship for {', '.join(map(repr, demos))}; for "
+                "others pass dataset=<folder>, made with `wmgym record --suite ... --out <folder>`"
+            )
+        dataset = demos[suite]
     if isinstance(dataset, (str, os.PathLike)):
-        return _load_dataset(Path(dataset))
+        root = Path(dataset).resolve()
+        return _load_dataset(root, _written(root / INFO_PATH))
     if isinstance(dataset, Dataset):
         return dataset
     raise TypeError(
@@ -71,15 +83,20 @@ def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str
     )
 
 
+def _written(path: Path) -> int:
+    """When a file was last written, in ns; 0 if it is missing, which loading then says."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 @lru_cache(maxsize=4)
-def _load_world(name: str, device: torch.device, dtype: str) -> World:
+def _load_world(folder: Path, written: int, device: torch.device, dtype: str) -> World:
     from wmgym.worlds.checkpoints import load_world
 
-    return load_world(name, device=device, dtype=dtype)
+    return load_world(folder, device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=8)
-def _load_dataset(root: Path) -> Dataset:
+def _load_dataset(root: Path, written: int) -> Dataset:
     from wmgym.data.lerobot import LeRobotDataset
 
     return LeRobotDataset(root)

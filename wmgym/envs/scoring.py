@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.rewards.perceptual import LPIPS
+from wmgym.rewards.perceptual import BACKBONES, LPIPS
 from wmgym.rewards.verified import (
     Reference,
     RewardKind,
@@ -66,13 +66,14 @@ class Scorer:
         weights: Weights of the distance's terms, None for the defaults.
         device: Where the perceptual network lives.
         dtype: Arithmetic of the perceptual network.
+        lpips_net: The perceptual network, "alex" or "vgg".
 
     Attributes:
         recorded: Whether it looks at recorded frames.
         imagined: Whether it looks at frames imagined under the recorded actions.
 
     Raises:
-        ValueError: An unknown name, unknown weights, or weights beside a function.
+        ValueError: An unknown name or network, unknown weights, or weights beside a function.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class Scorer:
         weights: Mapping[str, float] | RewardWeights | None,
         device: torch.device,
         dtype: torch.dtype,
+        lpips_net: str = "alex",
     ) -> None:
+        if lpips_net not in BACKBONES:
+            raise ValueError(f"lpips_net={lpips_net!r}: allowed are 'alex' and 'vgg'")
         self._function: RewardFunction | None = None
         self._verified: VerifiedReward | None = None
         if not isinstance(reward, str):
@@ -98,7 +102,8 @@ class Scorer:
         self.recorded, self.imagined = reward == "R2", reward == "R3"
         chosen = _weights(weights)
         used = reward != "R1" and chosen.lpips > 0
-        self._verified = VerifiedReward(kind, shared_lpips(device, dtype) if used else None, chosen)
+        lpips = shared_lpips(device, dtype, lpips_net) if used else None
+        self._verified = VerifiedReward(kind, lpips, chosen)
 
     def encode(self, frames: Tensor) -> Reference:
         """What comparing with reference frames `(N, T, 3, H, W)` needs, once for all members."""
@@ -149,7 +154,11 @@ def _weights(weights: Mapping[str, float] | RewardWeights | None) -> RewardWeigh
     return RewardWeights(**weights)
 
 
-@lru_cache(maxsize=4)
-def shared_lpips(device: torch.device, dtype: torch.dtype) -> LPIPS:
+def shared_lpips(device: torch.device, dtype: torch.dtype, net: str = "alex") -> LPIPS:
     """One LPIPS a process; its passes are of one size, so results do not depend on `num_envs`."""
-    return LPIPS(dtype=dtype, micro_batch=64 if device.type == "cuda" else 8).to(device)
+    return _load_lpips(device, dtype, net)
+
+
+@lru_cache(maxsize=4)
+def _load_lpips(device: torch.device, dtype: torch.dtype, net: str) -> LPIPS:
+    return LPIPS(net, dtype=dtype, micro_batch=64 if device.type == "cuda" else 8).to(device)

@@ -9,6 +9,7 @@ Letters: `B` environments, `N` groups, `G = B / N` members, `T` control steps of
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,6 +63,7 @@ class WorldModelVectorEnv(VectorEnv):
         tasks: Task ids, None for all of the suite.
         reward: "R1", "R2", "R3", or a function of `RewardInputs` that returns `(n, T)` rewards.
         reward_weights: Weights of the distance's terms, None for the defaults of `wmgym.rewards`.
+        lpips_net: Network of the distance's LPIPS: "alex", or "vgg", whose weights do not ship.
         horizon: Control steps of an episode.
         action_chunk: Control steps `T` of a step with actions `(T, 7)`; None: one, actions `(7,)`.
         group_size: Members `G` of a group; `num_envs` must be a multiple.
@@ -85,6 +87,7 @@ class WorldModelVectorEnv(VectorEnv):
 
     Raises:
         ValueError: A value outside of what is listed above; the message says which.
+        MissingWeightsError: The weights of `lpips_net` are not installed.
     """
 
     metadata = {  # noqa: RUF012 - Gymnasium's own annotation of this attribute is a plain dict
@@ -102,6 +105,7 @@ class WorldModelVectorEnv(VectorEnv):
         tasks: Sequence[int] | None = None,
         reward: str | RewardFunction = "R3",
         reward_weights: Mapping[str, float] | RewardWeights | None = None,
+        lpips_net: str = "alex",
         horizon: int = 8,
         action_chunk: int | None = None,
         group_size: int = 1,
@@ -129,7 +133,11 @@ class WorldModelVectorEnv(VectorEnv):
         self.render_mode = render_mode
         self.world = resolve_world(world, device, dtype)
         self._mode = requests.parse_autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self._mode}
+        self.metadata = {
+            **self.metadata,
+            "autoreset_mode": self._mode,
+            "render_fps": CONTROL_HZ / self._chunk,
+        }
         self.single_observation_space = observation_space(self.world.image_size)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -149,7 +157,7 @@ class WorldModelVectorEnv(VectorEnv):
             image_size=self.world.image_size,
             cache=self._cache,
         )
-        scorer = Scorer(reward, reward_weights, self._device, DTYPES[dtype])
+        scorer = Scorer(reward, reward_weights, self._device, DTYPES[dtype], lpips_net)
         self._rollout = Rollout(self.world, scorer, self._cache, group_size, self._chunk)
         self._state: EnvState | None = None
         self.last_step: RewardInputs | None = None
@@ -165,7 +173,7 @@ class WorldModelVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts new episodes.
+        """Starts new episodes; a reset that is refused leaves everything as it was.
 
         Args:
             seed: A number (row `i` gets `seed + i`), or one entry per row. A group's stream of
@@ -186,14 +194,12 @@ class WorldModelVectorEnv(VectorEnv):
         seeds = requests.group_seeds(seed, self.num_envs, self.group_size)
         if self._state is None and len(groups) < len(seeds):
             raise ResetNeeded("the first reset must be of all environments, without a reset_mask")
-        super().reset(seed=seeds[0])
-        rngs = [] if self._state is None else list(self._state.rngs)
-        rngs = rngs or [seeding.np_random()[0] for _ in seeds]
-        for g in groups:
-            if seeds[g] is not None:
-                rngs[g] = seeding.np_random(seeds[g])[0]
+        seeded = [seeding.np_random(s)[0] for s in seeds]
+        live = seeded if self._state is None else copy.deepcopy(self._state.rngs)
+        rngs = [live[g] if seeds[g] is None else seeded[g] for g in groups]
         infos: dict[str, Any] = {}
         self._begin(groups, rngs, request, infos)
+        super().reset(seed=seeds[0])
         return self._edge.observation(self._now()), infos
 
     def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
@@ -236,7 +242,8 @@ class WorldModelVectorEnv(VectorEnv):
                 add_rows(infos, ending, rows[final], self.num_envs)
         reset = self._now().ended if self._mode is AutoresetMode.SAME_STEP else ended
         if reset.any():
-            self._begin(np.flatnonzero(reset), self._now().rngs, {}, infos)
+            groups = np.flatnonzero(reset)
+            self._begin(groups, [self._now().rngs[g] for g in groups], {}, infos)
         return (
             self._edge.observation(self._now()),
             self._edge.tensor(rewards),
@@ -261,8 +268,11 @@ class WorldModelVectorEnv(VectorEnv):
         """A snapshot: world, reference, counters and generators."""
         return self._now().copy()
 
-    def set_state(self, state: EnvState) -> None:
+    def set_state(self, state: EnvState) -> tuple[dict[str, Any], dict[str, Any]]:
         """Restores a snapshot of this environment exactly; it may be restored again.
+
+        Returns:
+            Observations and infos of all rows, like `reset`.
 
         Raises:
             ValueError: The snapshot has other numbers of rows or groups, or no reference branches.
@@ -275,12 +285,16 @@ class WorldModelVectorEnv(VectorEnv):
                 f"{given} in the snapshot and {own} here: they must be equal"
             )
         self._state = state.copy()
+        return self._look()
 
-    def fork(self, source: int, rows: Sequence[int]) -> None:
+    def fork(self, source: int, rows: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Makes `rows` continue from where row `source` is, exactly.
 
         Rows of another group than the source's share that group's start, so all of them must be
         given. What a group draws at its next reset is left as it was.
+
+        Returns:
+            Observations and infos of all rows, like `reset`.
 
         Raises:
             ValueError: No such rows, or a part of another group.
@@ -289,6 +303,7 @@ class WorldModelVectorEnv(VectorEnv):
         groups, to = requests.fork_targets(source, rows, self.num_envs, self.group_size)
         own = np.full_like(groups, source // self.group_size)
         now.put(groups, to, now.take(self.world, own, np.full_like(to, source)))
+        return self._look()
 
     def close_extras(self) -> None:
         """Lets go of states and caches; the world stays loaded for other environments."""
@@ -303,23 +318,35 @@ class WorldModelVectorEnv(VectorEnv):
         request: dict[str, Any],
         infos: dict[str, Any],
     ) -> None:
-        """Puts fresh starts into `groups` and describes them in `infos`."""
+        """Puts fresh starts, drawn by the groups' `rngs`, into `groups`; describes them in `infos`.
+
+        Nothing but the generators changes before the starts are there.
+        """
         sizes = (groups, self.num_envs, self.group_size)
         episodes = requests.group_option(request, "episode_id", *sizes)
         frames = requests.group_option(request, "frame_index", *sizes)
         picks = [
-            self._source.choose(rngs[g], episode, frame)
-            for g, episode, frame in zip(groups, episodes, frames, strict=True)
+            self._source.choose(rng, episode, frame)
+            for rng, episode, frame in zip(rngs, episodes, frames, strict=True)
         ]
         starts = [self._source.load(*pick) for pick in picks]
-        fresh = self._rollout.begin(starts, [rngs[g] for g in groups])
+        fresh = self._rollout.begin(starts, rngs)
         rows = self._rows(groups)
-        if self._state is None or len(groups) == len(rngs):
+        if len(rows) == self.num_envs:
             self._state = fresh
         else:
-            self._state.put(groups, rows, fresh)
-            self._state.rngs = rngs
+            now = self._now()
+            now.put(groups, rows, fresh)
+            for g, rng in zip(groups, rngs, strict=True):
+                now.rngs[g] = rng
         add_rows(infos, self._edge.infos(self._rollout.describe(fresh)), rows, self.num_envs)
+
+    def _look(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Observations and infos of all rows as they are."""
+        now, infos = self._now(), dict[str, Any]()
+        everything = np.arange(self.num_envs)
+        add_rows(infos, self._edge.infos(self._rollout.describe(now)), everything, self.num_envs)
+        return self._edge.observation(now), infos
 
     def _advance(
         self, groups: NDArray[np.int64], rows: NDArray[np.int64], actions: Tensor

@@ -48,6 +48,7 @@ class WorldModelEnv(gym.Env):
         self.vector = WorldModelVectorEnv(
             1, render_mode=render_mode, autoreset_mode=AutoresetMode.DISABLED, **kwargs
         )
+        self.metadata = {**self.metadata, "render_fps": self.vector.metadata["render_fps"]}
         self.render_mode = render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
@@ -61,8 +62,8 @@ class WorldModelEnv(gym.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts a new episode; see `WorldModelVectorEnv.reset`."""
-        super().reset(seed=seed)
         observation, infos = self.vector.reset(seed=seed, options=options)
+        super().reset(seed=seed)
         return self._first(observation), take_row(infos, 0)
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -86,9 +87,10 @@ class WorldModelEnv(gym.Env):
         """A snapshot, see `WorldModelVectorEnv.get_state`."""
         return self.vector.get_state()
 
-    def set_state(self, state: EnvState) -> None:
-        """Restores a snapshot exactly."""
-        self.vector.set_state(state)
+    def set_state(self, state: EnvState) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores a snapshot exactly; returns its observation and info."""
+        observation, infos = self.vector.set_state(state)
+        return self._first(observation), take_row(infos, 0)
 
     def close(self) -> None:
         """Lets go of states and caches; the world stays loaded for other environments."""

@@ -16,10 +16,7 @@ expert's own action is stored beside the executed one (Laskey et al. 2017, DART)
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.envs.simulator import Simulator, initial_states, n_tasks
 from wmgym.experts import ExpertConfig, expert
 from wmgym.spaces import ACTION_DIM, CONTROL_HZ, STEP_LIMITS
+from wmgym.workers import in_workers
 
 _TRAINING_INIT_STATES = range(HELD_OUT_INIT_STATES.start)
 _CAREFUL_PHASES = ("approach", "grasp", "place", "release", "work")
@@ -43,6 +41,9 @@ _NOISE_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3])
 _CAREFUL_SHARE = 0.4
 _BURST_STEPS = (3, 10)
 _RANDOM_GRIPPER_SHARE = 0.2
+
+_WHICH_TAKES = ("out", "tasks", "episodes", "held_out", "misses")
+"""Entries of the configuration on which no single take depends."""
 
 
 @dataclass(frozen=True)
@@ -250,18 +251,43 @@ def _stage(config: RecordConfig, take: Take) -> bool:
     return bool(episode.info.success)
 
 
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["LP_NUM_THREADS"] = "0"
-
-
 def _staging(config: RecordConfig) -> Path:
     return config.out.with_name(config.out.name + ".staging")
 
 
-def _by_worker(todo: list[Take]) -> Iterator[Take]:
-    """Orders takes so that neighbours in time mostly share a task, and with it a simulator."""
-    return iter(sorted(todo, key=lambda take: take.task_id))
+def _described(config: RecordConfig) -> dict[str, Any]:
+    """The configuration as JSON, without what a dataset does not depend on."""
+    described = {**asdict(config), "out": config.out.name, "tasks": list(config.tasks)}
+    del described["workers"]
+    return described
+
+
+def _staged(config: RecordConfig) -> set[str]:
+    """Names of the takes in the staging area, all of which are of this configuration."""
+    folder = _staging(config)
+    names, file = set(staged_names(folder)), folder / "config.json"
+    mine = {k: v for k, v in _described(config).items() if k not in _WHICH_TAKES}
+    if not names:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(mine))
+        part.replace(file)
+    elif not file.exists():
+        raise ValueError(
+            f"{folder} holds takes, but no {file.name} that says how they were recorded; remove "
+            f"the folder, or if they are of this recording, write {json.dumps(mine)} to that file"
+        )
+    else:
+        theirs = json.loads(file.read_text())
+        others = [
+            f"{k}={theirs.get(k)!r} (now {v!r})" for k, v in mine.items() if theirs.get(k) != v
+        ]
+        if others:
+            raise ValueError(
+                f"{folder} holds takes recorded with {', '.join(others)}; go on with the same, "
+                f"choose another folder, or remove that one"
+            )
+    return names
 
 
 def record(config: RecordConfig, *, progress: bool = True) -> Path:
@@ -276,32 +302,25 @@ def record(config: RecordConfig, *, progress: bool = True) -> Path:
 
     Raises:
         FileExistsError: The dataset is there already.
+        ValueError: The takes staged so far were recorded in another way.
         MissingExtraError: LIBERO is not installed.
     """
     if config.out.exists():
         raise FileExistsError(f"{config.out} exists already; remove it or choose another folder")
     everything = takes(config)
-    done = set(staged_names(_staging(config)))
-    todo = [take for take in everything if take.name not in done]
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=len(everything), initial=len(done), unit="ep", disable=not progress) as bar,
-        ProcessPoolExecutor(config.workers, context, initializer=_one_thread) as pool,
-    ):
-        pending = [pool.submit(_stage, config, take) for take in _by_worker(todo)]
+    staged = _staged(config)
+    todo = [take for take in everything if take.name not in staged]
+    done = len(everything) - len(todo)
+    with tqdm(total=len(everything), initial=done, unit="ep", disable=not progress) as bar:
         failed = 0
-        for future in as_completed(pending):
-            failed += not future.result()
+        for success in in_workers(functools.partial(_stage, config), todo, config.workers):
+            failed += not success
             bar.update()
             bar.set_postfix(failed=failed)
-    described: dict[str, Any] = {
-        "version": wmgym.__version__,
-        "config": {**asdict(config), "out": config.out.name, "tasks": list(config.tasks)},
-    }
     return assemble(
         _staging(config),
         config.out,
         [take.name for take in everything],
         fps=CONTROL_HZ,
-        extra_info=described,
+        extra_info={"version": wmgym.__version__, "config": _described(config)},
     )

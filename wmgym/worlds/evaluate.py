@@ -53,20 +53,21 @@ def held_out_starts(dataset: LeRobotDataset, horizon: int, count: int, seed: int
 
 
 def read_windows(
-    dataset: LeRobotDataset, places: Sequence[tuple[int, int]], horizon: int
+    dataset: LeRobotDataset, places: Sequence[tuple[int, int]], horizon: int, *, context: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames `(B, 1 + T, 3, H, W)` in [0, 1], proprio `(B, 2 + T, 8)`, actions `(B, T, 7)`.
+    """Frames `(B, C + T, 3, H, W)` in [0, 1], proprio `(B, C + T, 8)`, actions `(B, T, 7)`.
 
-    The frames and all but the first proprioceptive reading start at `t`; that first one is from
-    `t - 1`, or `t` at the start of the episode.
+    Frames and proprio are of the steps `t - C + 1 ... t + T`, the past clamped to the first step of
+    the episode; the actions start at `t`.
     """
     frames, proprio, actions = [], [], []
     for episode_id, t in places:
-        piece = dataset.read(episode_id, max(t - 1, 0), t + horizon + 1)
-        lead = min(t, 1)
-        frames.append(piece.images[lead:])
-        proprio.append(np.concatenate([piece.proprio[:1], piece.proprio[lead:]]))
-        actions.append(piece.actions[lead : lead + horizon])
+        first = max(t - context + 1, 0)
+        piece = dataset.read(episode_id, first, t + horizon + 1)
+        rows = np.maximum(np.arange(t - context + 1, t + horizon + 1), first) - first
+        frames.append(piece.images[rows])
+        proprio.append(piece.proprio[rows])
+        actions.append(piece.actions[t - first : t - first + horizon])
     return _images(np.stack(frames)), _tensor(proprio), _tensor(actions)
 
 
@@ -140,22 +141,22 @@ def _score(
     lpips: LPIPS,
 ) -> dict[str, Tensor]:
     """Every figure of a batch of windows, `(B, T)` each."""
-    frames, proprio, actions = read_windows(dataset, places, horizon)
-    context, real = frames[:, :1], frames[:, 1:].flatten(0, 1)
-    state = world.start(context.expand(-1, 2, -1, -1, -1), proprio[:, :2])
-    _, imagined = world.step(state, actions)
-    redrawn = world.redraw(context[:, 0], frames[:, 1:], proprio[:, 1:])
+    past = world.context
+    frames, proprio, actions = read_windows(dataset, places, horizon, context=past)
+    last, future = frames[:, past - 1], frames[:, past:]
+    _, imagined = world.step(world.start(frames[:, :past], proprio[:, :past]), actions)
+    redrawn = world.redraw(last, future, proprio[:, past - 1 :])
     pictures = {
         "": imagined.frames.flatten(0, 1).cpu(),
-        "copy_": context.expand(-1, horizon, -1, -1, -1).flatten(0, 1),
+        "copy_": last.repeat_interleave(horizon, 0),
         "tokenizer_": redrawn.flatten(0, 1).cpu(),
     }
     scores = {
         prefix + name: values.view(-1, horizon)
         for prefix, drawn in pictures.items()
-        for name, values in compare(drawn, real, lpips).items()
+        for name, values in compare(drawn, future.flatten(0, 1), lpips).items()
     }
-    off = imagined.proprio[..., :3].cpu() - proprio[:, 2:, :3]
+    off = imagined.proprio[..., :3].cpu() - proprio[:, past:, :3]
     return {**scores, "position_error_mm": off.norm(dim=-1) * 1000}
 
 
