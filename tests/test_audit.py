@@ -206,6 +206,13 @@ def test_starts_are_held_out_and_a_function_of_the_seed(data, tmp_path):
     assert places[0] == places[1] != places[2]
 
 
+def test_nothing_to_audit_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="1 datasets, starts=0, horizon=4"):
+        config(data, tmp_path, starts=0)
+    with pytest.raises(ValueError, match="0 datasets"):
+        AuditConfig(data=(), out=tmp_path)
+
+
 def test_other_chunks_and_other_rendering_are_other_files(tmp_path):
     actions = np.zeros((2, 3, 7), np.float32)
     one = Start(tmp_path / "set", 1, 2, actions)

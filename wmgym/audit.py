@@ -61,6 +61,13 @@ class AuditConfig:
     workers: int = 2
     fast_rendering: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.data or min(self.starts, self.horizon, self.workers) < 1:
+            raise ValueError(
+                f"{len(self.data)} datasets, starts={self.starts}, horizon={self.horizon}, "
+                f"workers={self.workers}: name a dataset and 1 or more of each"
+            )
+
 
 @dataclass(frozen=True)
 class Start:
@@ -199,7 +206,9 @@ def _compare(
         real_tip, objects = real["proprio"][..., :3], real["objects"]
     dataset = LeRobotDataset(start.dataset)
     place, past, chunks = (start.episode_id, start.frame), world.context, len(start.actions)
-    frames, proprio, _ = read_windows(dataset, [place], config.horizon, context=past)
+    frames, proprio, _ = read_windows(
+        dataset, [place], config.horizon, context=past, image_size=world.image_size
+    )
     state = world.start(
         frames[:, :past].expand(chunks, -1, -1, -1, -1),
         proprio[:, :past].expand(chunks, -1, -1),
@@ -272,7 +281,7 @@ def spearman(x: NDArray, y: NDArray) -> float:
 
 def plot(report: dict[str, Any], path: str | Path) -> None:
     """Draws one page: imagined against real R3, R3 against displacement, drift, by noise size."""
-    require("matplotlib", "dev")
+    require("matplotlib", "libero")
     from matplotlib.figure import Figure
 
     chunks = {name: np.asarray(values) for name, values in report["chunks"].items()}

@@ -182,17 +182,18 @@ def split_caches(
     datasets = [LeRobotDataset(path) for path in data]
 
     def validates(info: EpisodeInfo) -> bool:
-        return info.init_state_id in validation_states and accepts(info)
+        return info.validates(validation_states) and accepts(info)
 
     def trains(info: EpisodeInfo) -> bool:
-        return not info.held_out and not validates(info) and accepts(info)
+        return not info.held_out and not info.validates(validation_states) and accepts(info)
 
     parts = {"train": trains, "validation": validates}
     for name, chosen in parts.items():
         if not any(chosen(info) for dataset in datasets for info in dataset.episodes):
             raise ValueError(
                 f"{[str(path) for path in data]} have no episode for {name} with "
-                f"validation_states={tuple(validation_states)} and 40-49 held out"
+                f"validation_states={tuple(validation_states)} and 40-49 held out (every tenth "
+                "episode each where initial states are unknown)"
             )
     if here.main:
         for name, chosen in parts.items():

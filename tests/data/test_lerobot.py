@@ -265,7 +265,7 @@ def test_a_public_dataset_with_other_names_and_encoded_images(public_root):
         assert episode.sim_states is None
         info = episode.info
         assert info.instruction == f"task {e}"
-        assert (info.suite, info.task_id, info.init_state_id, info.seed) == ("", -1, -1, -1)
+        assert (info.suite, info.task_id, info.init_state_id, info.seed) == ("", e, -1, -1)
         assert info.success is None
         assert not info.held_out
 

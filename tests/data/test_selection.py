@@ -44,3 +44,12 @@ def test_nothing_comes_of_nothing_and_negative_numbers_are_refused():
     assert representative([], 3) == []
     with pytest.raises(ValueError, match="per_task=-1"):
         representative(EPISODES, -1)
+
+
+def test_where_initial_states_are_unknown_every_tenth_episode_is_kept():
+    episodes = [EpisodeInfo(i, 9, "task") for i in range(40)]
+    assert [e.episode_id for e in episodes if e.held_out] == [9, 19, 29, 39]
+    assert [e.episode_id for e in episodes if e.validates((25,))] == [4, 14, 24, 34]
+    known = [EpisodeInfo(i, 9, "task", init_state_id=i) for i in range(50)]
+    assert [e.episode_id for e in known if e.held_out] == list(range(40, 50))
+    assert [e.episode_id for e in known if e.validates((25, 30))] == [25, 30]

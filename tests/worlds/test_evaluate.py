@@ -23,6 +23,7 @@ class Copier:
     """Imagines that no picture changes and the arm is at the origin; redraws perfectly."""
 
     device = torch.device("cpu")
+    image_size = (tiny.SIZE, tiny.SIZE)
 
     def __init__(self, context=2):
         self.context = context
@@ -160,7 +161,10 @@ def test_starts_are_held_out_distinct_and_leave_room(dataset):
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_windows_hold_what_was_recorded(context, dataset):
     places = [(5, 0), (6, 1), (5, tiny.LENGTH - HORIZON - 1)]
-    frames, proprio, actions = read_windows(dataset, places, HORIZON, context=context)
+    size = (tiny.SIZE, tiny.SIZE)
+    frames, proprio, actions = read_windows(
+        dataset, places, HORIZON, context=context, image_size=size
+    )
     assert frames.shape == (3, context + HORIZON, 3, tiny.SIZE, tiny.SIZE)
     for row, (episode_id, t) in enumerate(places):
         episode = dataset.read(episode_id)
@@ -169,3 +173,12 @@ def test_windows_hold_what_was_recorded(context, dataset):
         np.testing.assert_array_equal(images, episode.images[steps])
         np.testing.assert_array_equal(proprio[row], episode.proprio[steps])
         np.testing.assert_array_equal(actions[row], episode.actions[t : t + HORIZON])
+    halved, _, _ = read_windows(dataset, places, HORIZON, context=context, image_size=(16, 16))
+    assert halved.shape == (3, context + HORIZON, 3, 16, 16)
+    assert (halved.mean() - frames.mean()).abs() < 0.01
+
+
+def test_nothing_to_score_is_refused(dataset):
+    for folders, windows in (([], 5), ([dataset.root], 0)):
+        with pytest.raises(ValueError, match=f"{len(folders)} datasets, windows={windows}: name"):
+            evaluate(tiny.world(), folders, windows=windows, progress=False)

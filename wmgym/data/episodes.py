@@ -11,6 +11,7 @@ modified LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,8 +50,22 @@ class EpisodeInfo:
 
     @property
     def held_out(self) -> bool:
-        """Whether the episode starts from an initial state kept for validation."""
+        """Whether the episode is kept for reports: it starts from a held-out initial state.
+
+        Where the initial state is not known, as in public datasets, every tenth episode is kept.
+        """
+        if self.init_state_id < 0:
+            return self.episode_id % 10 == 9
         return self.init_state_id in HELD_OUT_INIT_STATES
+
+    def validates(self, states: Collection[int]) -> bool:
+        """Whether the episode is kept to watch training: it starts from one of `states`.
+
+        Where the initial state is not known, every tenth episode is, others than the held-out ones.
+        """
+        if self.init_state_id < 0:
+            return self.episode_id % 10 == 4
+        return self.init_state_id in states
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,11 @@ class LeRobotDataset:
         self.keys = LeRobotKeys.detect(self.features, where) if keys is None else keys
         self.keys.check(self.features, where)
         self._rows = _read_episode_rows(self.root)
-        self._episodes = [_episode_info(i, row) for i, row in enumerate(self._rows)]
+        tasks = dict.fromkeys(_instruction(row) for row in self._rows)
+        number = {instruction: i for i, instruction in enumerate(tasks)}
+        self._episodes = [
+            _episode_info(i, row, number[_instruction(row)]) for i, row in enumerate(self._rows)
+        ]
         self._tables = StepTables(cache_bytes)
 
     @property
@@ -309,13 +313,19 @@ def _read_episode_rows(root: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["episode_index"])
 
 
-def _episode_info(episode_id: int, row: dict[str, Any]) -> EpisodeInfo:
+def _instruction(row: dict[str, Any]) -> str:
+    return row["tasks"][0] if row["tasks"] else ""
+
+
+def _episode_info(episode_id: int, row: dict[str, Any], task: int) -> EpisodeInfo:
+    """Description of an episode; `task` counts instructions where no task id is stored."""
+    task_id = row.get("task_id")
     return EpisodeInfo(
         episode_id=episode_id,
         length=row["length"],
-        instruction=row["tasks"][0] if row["tasks"] else "",
+        instruction=_instruction(row),
         suite=row.get("suite") or "",
-        task_id=_or_unknown(row.get("task_id")),
+        task_id=task if task_id is None else task_id,
         init_state_id=_or_unknown(row.get("init_state_id")),
         seed=_or_unknown(row.get("seed")),
         success=row.get("success"),

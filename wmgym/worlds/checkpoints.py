@@ -68,7 +68,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no world: it has no {CONFIG}") from None
+        nested = f"; did you mean {folder / 'world'}?" if (folder / "world").is_dir() else ""
+        raise CheckpointError(f"{folder} is no world: it has no {CONFIG}{nested}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     family = config["family"] if isinstance(config, dict) and "family" in config else None

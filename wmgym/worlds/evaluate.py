@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmgym.data import LeRobotDataset
+from wmgym.data.frame_cache import resize
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.worlds.latent_world import LatentWorld
 from wmgym.worlds.metrics import mse, psnr, ssim
@@ -53,7 +54,12 @@ def held_out_starts(dataset: LeRobotDataset, horizon: int, count: int, seed: int
 
 
 def read_windows(
-    dataset: LeRobotDataset, places: Sequence[tuple[int, int]], horizon: int, *, context: int
+    dataset: LeRobotDataset,
+    places: Sequence[tuple[int, int]],
+    horizon: int,
+    *,
+    context: int,
+    image_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frames `(B, C + T, 3, H, W)` in [0, 1], proprio `(B, C + T, 8)`, actions `(B, T, 7)`.
 
@@ -65,7 +71,7 @@ def read_windows(
         first = max(t - context + 1, 0)
         piece = dataset.read(episode_id, first, t + horizon + 1)
         rows = np.maximum(np.arange(t - context + 1, t + horizon + 1), first) - first
-        frames.append(piece.images[rows])
+        frames.append(resize(piece.images, image_size)[rows])
         proprio.append(piece.proprio[rows])
         actions.append(piece.actions[t - first : t - first + horizon])
     return _images(np.stack(frames)), _tensor(proprio), _tensor(actions)
@@ -115,6 +121,10 @@ def evaluate(
         millimetres; `per_step` with lists of `horizon` of each, and `datasets` with the means of
         each dataset.
     """
+    if not datasets or windows < 1:
+        raise ValueError(
+            f"{len(datasets)} datasets, windows={windows}: name a dataset and 1 or more windows"
+        )
     lpips = LPIPS()
     everything: dict[str, list[Tensor]] = defaultdict(list)
     by_dataset: dict[str, Any] = {}
@@ -142,7 +152,9 @@ def _score(
 ) -> dict[str, Tensor]:
     """Every figure of a batch of windows, `(B, T)` each."""
     past = world.context
-    frames, proprio, actions = read_windows(dataset, places, horizon, context=past)
+    frames, proprio, actions = read_windows(
+        dataset, places, horizon, context=past, image_size=world.image_size
+    )
     last, future = frames[:, past - 1], frames[:, past:]
     _, imagined = world.step(world.start(frames[:, :past], proprio[:, :past]), actions)
     redrawn = world.redraw(last, future, proprio[:, past - 1 :])
