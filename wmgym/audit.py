@@ -289,13 +289,14 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     axes = figure.subplots(2, 2)
     colours = {"c": np.log2(chunks["noise"] / NOISE_SIZES[0]), "s": 8, "cmap": "viridis"}
     panels = (
-        (axes[0, 0], "real_r3", "real R3", "spearman_r3", 1),
-        (axes[0, 1], "tip_displacement_m", "gripper displaced (m, mean)", "spearman_tip", 1),
-        (axes[1, 0], "object_displacement_m", "object displaced (m)", "spearman_object", 1),
+        (axes[0, 0], "real_r3", "real R3", "spearman_r3"),
+        (axes[0, 1], "tip_displacement_m", "gripper displaced (m, mean)", "spearman_tip"),
+        (axes[1, 0], "object_displacement_m", "object displaced (m)", "spearman_object"),
     )
-    for axis, key, label, figure_key, _ in panels:
+    for axis, key, label, figure_key in panels:
         points = axis.scatter(chunks[key], chunks["imagined_r3"], **colours)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_ylabel("imagined R3")
         axis.set_title(f"Spearman {abs(report[figure_key]):.3f}")
     bar = figure.colorbar(points, ax=axes[0, 1])

@@ -145,6 +145,8 @@ class Evaluate:
     """The report; without, report.json in the world's folder, or here for a shipped world."""
     windows: int = 200
     """Windows per dataset."""
+    horizon: int = 8
+    """Control steps imagined open loop; past the world's own horizon it goes on from its frames."""
     seed: int = 0
     """Seed of the choice of windows."""
 
@@ -157,7 +159,9 @@ class Evaluate:
         folder = world_folder(self.world)
         target = self.out or _beside(folder, "report.json")
         world = LatentWorld(load_model(folder), name=folder.name)
-        figures = evaluate(world, self.data, windows=self.windows, seed=self.seed)
+        figures = evaluate(
+            world, self.data, windows=self.windows, horizon=self.horizon, seed=self.seed
+        )
         _report(target, figures, self.seed)
         for name, scores in {"all": figures, **figures["datasets"]}.items():
             print(name)

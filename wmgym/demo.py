@@ -60,13 +60,13 @@ def demo(config: DemoConfig, say: Callable[[str], None]) -> dict[str, dict[str, 
     Returns:
         R1, R2 and R3 by kind of action.
     """
+    say(f"{config.world} on {config.suite}: {config.starts} starts, {config.horizon} control steps")
     table: dict[str, dict[str, float]] = {kind: {} for kind in kinds()}
     speed = {}
     for reward in ("R1", "R2", "R3"):
         rewards, speed[reward] = _score(config, reward)
         for kind, value in zip(table, rewards, strict=True):
             table[kind][reward] = value
-    say(f"{config.world} on {config.suite}: {config.starts} starts, {config.horizon} control steps")
     say(f"{'':26s}" + "".join(f"{reward:>10s}" for reward in ("R1", "R2", "R3")))
     for kind, row in table.items():
         say(f"{kind:26s}" + "".join(f"{value:10.4f}" for value in row.values()))

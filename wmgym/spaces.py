@@ -12,7 +12,9 @@ advances `T` control steps of 1/20 s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -39,12 +41,10 @@ def observation_space(
     """Observation space for images of `(H, W)` pixels and the given cameras.
 
     Raises:
-        ValueError: `cameras` does not start with "agentview" or names an unknown camera.
+        ValueError: Other cameras.
     """
-    if not cameras or cameras[0] != "agentview" or any(c not in CAMERAS for c in cameras):
-        raise ValueError(
-            f"cameras={tuple(cameras)!r}: allowed are ('agentview',) and ('agentview', 'wrist')"
-        )
+    if not isinstance(cameras, (list, tuple)) or tuple(cameras) not in (CAMERAS[:1], CAMERAS):
+        raise ValueError(f"cameras={cameras!r}: allowed are {CAMERAS[:1]} and {CAMERAS}")
     height, width = image_size
     image = spaces.Box(0, 255, (height, width, 3), np.uint8)
     entries: dict[str, spaces.Space] = {"image": image}
@@ -58,17 +58,41 @@ def action_space(action_chunk: int | None = None) -> spaces.Box:
     """Action space of one control step `(7,)`, or of a chunk `(T, 7)`.
 
     Raises:
-        ValueError: `action_chunk` is not None and below 1.
+        ValueError: `action_chunk` is neither None nor an integer >= 1.
     """
     if action_chunk is None:
         return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-    if action_chunk < 1:
-        raise ValueError(f"action_chunk={action_chunk}: allowed are None or an integer >= 1")
-    return spaces.Box(-1.0, 1.0, (action_chunk, ACTION_DIM), np.float32)
+    chunk = check_integer("action_chunk", action_chunk)
+    return spaces.Box(-1.0, 1.0, (chunk, ACTION_DIM), np.float32)
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+    """The integer `value`.
+
+    Raises:
+        ValueError: It is no integer, or below `least`; the message has `name`.
+    """
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+    return int(value)
+
+
+def check_tasks(tasks: Iterable[int]) -> tuple[int, ...]:
+    """Task ids as a tuple.
+
+    Raises:
+        ValueError: Not a sequence of integers.
+    """
+    try:
+        return tuple(operator.index(task) for task in tasks)
+    except TypeError:
+        raise ValueError(
+            f"tasks={tasks!r}: expected a list of task ids, as [3], or None for all"
+        ) from None
 
 
 def check_actions(actions: NDArray, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Validates actions and clips them to [-1, 1].
+    """Validates an action or a chunk of them, and clips it to [-1, 1].
 
     Values outside [-1, 1] are clipped, as LIBERO's controller does; the caller warns once.
 
@@ -80,10 +104,10 @@ def check_actions(actions: NDArray, shape: tuple[int, ...]) -> NDArray[np.float3
     """
     array = np.array(actions, dtype=np.float32)
     if array.shape != shape:
-        raise ValueError(f"actions have shape {array.shape}, expected {shape}")
+        raise ValueError(f"action has shape {array.shape}, expected {shape}")
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise ValueError(f"actions contain NaN or infinity, first at index {where}")
+        raise ValueError(f"action contains NaN or infinity, first at index {where}")
     return np.clip(array, -1.0, 1.0)
 
 

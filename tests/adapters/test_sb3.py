@@ -262,6 +262,8 @@ def test_other_autoreset_modes_are_refused(mode):
 
 
 def test_arguments_beside_an_environment_are_refused():
+    with pytest.raises(ValueError, match=r"num_envs=2\.0: expected an integer"):
+        SB3VecEnv(2.0)
     env = WorldModelVectorEnv(2, **arguments(autoreset_mode="SameStep"))
     with pytest.raises(TypeError, match=r"\['horizon'\] given beside"):
         SB3VecEnv(env, horizon=4)

@@ -7,6 +7,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode
@@ -58,7 +59,7 @@ def test_made_by_id(arguments):
         if truncated:
             break
     assert steps == 8
-    with pytest.raises(ResetNeeded):
+    with pytest.raises(ResetNeeded, match=r"no episode is running: call reset\(\)"):
         env.step(env.action_space.sample())
     env.close()
 
@@ -125,6 +126,16 @@ def test_refused_reset_leaves_the_single_environment_as_it_was(arguments):
     with pytest.raises(ValueError, match="episode_id=99"):
         env.reset(seed=4, options={"episode_id": 99})
     assert env.np_random_seed == 3
+
+
+@pytest.mark.parametrize("given", [np.asarray, torch.from_numpy])
+def test_single_environment_speaks_of_one_action(arguments, given):
+    env = WorldModelEnv(**arguments)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action has shape \(6,\), expected \(7,\)"):
+        env.step(given(np.zeros(6)))
+    with pytest.raises(ValueError, match=r"first at index \[2\]"):
+        env.step(given(np.array([0, 0, np.nan, 0, 0, 0, 0])))
 
 
 def test_single_environment_refuses_vector_arguments(arguments):

@@ -104,6 +104,7 @@ def test_the_step_limit_truncates_inside_a_chunk(no_physics):
         ({"task_id": 5}, r"'task_id'\]=5: allowed are \[0, 1\]"),
         ({"init_state": 50}, r"'init_state'\]=50: allowed are \[0, 1"),
         ({"init_state": np.full(110, np.nan)}, "contains NaN"),
+        ({"fixture_seed": "x"}, r"'fixture_seed'\]='x': expected an integer"),
     ],
 )
 def test_bad_options_are_refused_and_leave_no_episode(options, message, no_physics):
@@ -124,9 +125,11 @@ def test_bad_options_are_refused_and_leave_no_episode(options, message, no_physi
         ({"suite": "libero_object_swap"}, "no published step limit: give max_steps"),
         ({"tasks": (10,)}, r"tasks=\(10,\): libero_object has tasks 0\.\.\.9"),
         ({"tasks": ()}, r"tasks=\(\)"),
+        ({"tasks": 3}, "tasks=3: expected a list of task ids"),
         ({"image_size": 0}, "image_size=0"),
         ({"image_size": (481, 84)}, r"from 1 to \(480, 640\)"),
         ({"cameras": ("wrist",)}, "cameras="),
+        ({"cameras": "agentview"}, "cameras='agentview': allowed are"),
         ({"action_chunk": 0}, "action_chunk=0"),
         ({"split": "test"}, r"split='test': allowed are \('all', 'train', 'held_out'\)"),
         ({"max_steps": 0}, "max_steps=0"),

@@ -12,6 +12,7 @@ from tiny import model
 from toy import SIZE, ToyDataset
 
 from wmgym.data.episodes import DatasetError
+from wmgym.data.frame_cache import resize
 from wmgym.data.lerobot_format import INFO_PATH
 from wmgym.envs.cache import ByteCache
 from wmgym.envs.resources import resolve_dataset, resolve_world
@@ -62,8 +63,15 @@ def test_function_chooses_and_is_checked():
     starts = make(starts=choose, tasks=[0])
     assert starts.draw(np.random.default_rng(0)) == (2, 5)
     assert seen == [[0, 2]]
-    with pytest.raises(ValueError, match="frame_index=99"):
-        make(starts=lambda rng, episodes: (2, 99)).draw(np.random.default_rng(0))
+    for given, message in (
+        ((2, 99), "frame_index=99"),
+        ((3, 2.5), r"returned \(3, 2.5\), expected the two integers"),
+        (7, "returned 7, expected the two integers"),
+        ((1, 2, 3), r"returned \(1, 2, 3\), expected the two integers"),
+    ):
+        starts = make(starts=lambda rng, episodes, given=given: given)
+        with pytest.raises(ValueError, match=message):
+            starts.draw(np.random.default_rng(0))
 
 
 def test_split_task_success_and_suite_filter():
@@ -139,9 +147,12 @@ def test_starts_are_read_once_and_forgotten_beyond_the_bound():
     assert dataset.reads == 4
 
 
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"the world imagines \(64, 64\)"):
-        make(image_size=(64, 64)).load(0, 0)
+def test_images_of_another_size_are_resized():
+    dataset = ToyDataset()
+    start = make(dataset, image_size=(20, 30)).load(0, 2)
+    expected = resize(dataset.read(0).images, (20, 30))
+    np.testing.assert_array_equal(start.context_images, expected[:3])
+    np.testing.assert_array_equal(start.images, expected[3:11])
 
 
 def test_cache_forgets_the_least_recently_used():

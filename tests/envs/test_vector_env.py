@@ -163,6 +163,7 @@ def test_partial_reset_touches_only_its_rows():
     options = {"reset_mask": mask}
     observation, infos = env.reset(seed=50, options=options)
     assert options == {"reset_mask": mask}
+    twin.reset(seed=50, options={"reset_mask": torch.from_numpy(mask)})
     for key in ("instruction", "reference_action", "frame_index"):
         np.testing.assert_array_equal(infos[f"_{key}"], mask)
     np.testing.assert_array_equal(observation["image"][~mask], before.images.numpy()[~mask])
@@ -354,14 +355,32 @@ def test_restored_state_repeats_exactly(mode):
     assert_equal(runs[0], runs[2])
 
 
-def test_state_of_another_shape_is_refused():
-    env = make(4)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_envs": 2}, "num_envs is 4 in the snapshot and 2 here"),
+        ({"group_size": 2}, "group_size is 1 in the snapshot and 2 here"),
+        ({"horizon": 5}, "horizon is 3 in the snapshot and 5 here"),
+        ({"action_chunk": 2}, "action_chunk is 1 in the snapshot and 2 here"),
+        ({"world": ToyWorld(context=3)}, r"world is \('toy', .*, 2\) in the snapshot"),
+        ({"dataset": ToyDataset((9, 9))}, "dataset is '.*' in the snapshot"),
+        ({"reward": "R1"}, "references is 'imagined' in the snapshot and 'recorded' here"),
+    ],
+)
+def test_state_of_another_environment_is_refused(changes, message):
+    env, other = make(), make(**changes)
     env.reset(seed=0)
-    state = env.get_state()
-    other = make(4, group_size=2)
-    other.reset(seed=0)
-    with pytest.raises(ValueError, match=r"\(4, 4, True\) in the snapshot and \(4, 2, True\) here"):
-        other.set_state(state)
+    with pytest.raises(ValueError, match=message):
+        other.set_state(env.get_state())
+    with pytest.raises(TypeError, match=r"state=None: expected what get_state\(\) returned"):
+        env.set_state(None)
+
+
+def test_state_is_restored_in_an_environment_like_it():
+    env, twin = make(), make()
+    env.reset(seed=0)
+    twin.set_state(env.get_state().copy())
+    assert_equal(twin.step(actions_of(env)), env.step(actions_of(env)))
 
 
 def test_state_is_restored_with_what_was_seen():
@@ -411,6 +430,9 @@ def test_fork_refuses_a_part_of_another_group():
         env.fork(0, [1, 3])
     with pytest.raises(ValueError, match="rows are 0 to 5"):
         env.fork(0, [6])
+    for rows in (np.array([0, 1, 1, 0, 0, 0], bool), [1.7]):
+        with pytest.raises(TypeError, match="expected integers"):
+            env.fork(0, rows)
 
 
 # Actions, output, randomness.
@@ -559,7 +581,16 @@ def test_render_shows_imagined_and_reference():
     ("changes", "message"),
     [
         ({"num_envs": 4, "group_size": 3}, "multiple of group_size"),
-        ({"num_envs": 0}, "multiple of group_size"),
+        ({"num_envs": 0}, "num_envs=0: expected an integer >= 1"),
+        ({"num_envs": 2.0}, "num_envs=2.0: expected an integer >= 1"),
+        ({"tasks": 3}, "tasks=3: expected a list of task ids"),
+        ({"horizon": "8"}, "horizon='8': expected an integer"),
+        ({"horizon": 7.5}, "horizon=7.5: expected an integer"),
+        ({"action_chunk": 2.0}, "action_chunk=2.0: expected an integer"),
+        ({"cache_mb": -1}, "cache_mb=-1: expected a number"),
+        ({"reward": "R3", "reward_weights": {"mae": "x"}}, "reward_weights=.*expected numbers"),
+        ({"world": "libero-small", "device": "gpu"}, r"device='gpu': allowed here are \['auto'"),
+        ({"world": "libero-small", "device": "cuda:99"}, "device='cuda:99': allowed here are"),
         ({"output": "jax"}, "output='jax'"),
         ({"render_mode": "human"}, "render_mode='human'"),
         ({"horizon": 0}, "horizon=0"),
@@ -580,8 +611,28 @@ def test_bad_arguments(changes, message):
 def test_objects_of_wrong_type():
     with pytest.raises(TypeError, match=r"wmgym\.worlds\.world\.World"):
         make(world=3)
+    world = ToyWorld()
+    del world.context
+    with pytest.raises(TypeError, match=r"lacks \['context'\]"):
+        make(world=world)
     with pytest.raises(TypeError, match=r"wmgym\.data\.episodes\.Dataset"):
         make(dataset=3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (np.zeros((4, 1)), r"numpy.ndarray'>, expected \(n, T\) = \(4, 1\) in a tensor"),
+        (0.5, "returned <class 'float'>, expected"),
+        ((0.5, 0.5), "returned <class 'tuple'>, expected"),
+        (torch.full((4, 1), torch.nan), "returned NaN or infinity"),
+    ],
+)
+def test_what_a_reward_function_returns_is_checked(reward, message):
+    env = make(reward=lambda inputs: reward)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(actions_of(env))
 
 
 def test_max_episode_steps_counts_environment_steps():

@@ -86,6 +86,9 @@ def test_random_or_foreign_weights_raise(tmp_path):
     save_file({k: torch.rand(v.shape, generator=generator) for k, v in state.items()}, path)
     with pytest.raises(DamagedWeightsError):
         LPIPS(weights=path)
+    save_file({k: v.to(torch.bfloat16) for k, v in state.items()}, path)
+    with pytest.raises(DamagedWeightsError, match="sha256"):
+        LPIPS(weights=path)
     with pytest.raises(DamagedWeightsError):
         LPIPS("vgg", weights=asset_path("lpips", "alexnet.safetensors"))
 

@@ -63,7 +63,7 @@ class SB3VecEnv(VecEnv):
     """
 
     def __init__(self, env: VectorEnv | int, **kwargs: Any) -> None:
-        if isinstance(env, int):
+        if not isinstance(env, VectorEnv):
             env = WorldModelVectorEnv(
                 env, **{"autoreset_mode": AutoresetMode.SAME_STEP, "output": "numpy", **kwargs}
             )

@@ -10,7 +10,6 @@ Observations and actions: `wmgym.spaces`. Step limits: the published protocol of
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +30,8 @@ from wmgym.spaces import (
     STEP_LIMITS,
     action_space,
     check_actions,
+    check_integer,
+    check_tasks,
     observation_space,
 )
 
@@ -108,22 +109,19 @@ class LiberoEnv(gym.Env):
             raise ValueError(f"split={split!r}: allowed are {SPLITS}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r}: allowed are None and 'rgb_array'")
-        if settle_steps < 0:
-            raise ValueError(f"settle_steps={settle_steps}: must be at least 0")
-        if max_simulators < 1:
-            raise ValueError(f"max_simulators={max_simulators}: must be at least 1")
+        self.settle_steps = check_integer("settle_steps", settle_steps, 0)
+        self._max_simulators = check_integer("max_simulators", max_simulators)
         self.image_size = _image_size(image_size)
+        self.observation_space = observation_space(self.image_size, cameras)
         self.cameras = tuple(cameras)
-        self.observation_space = observation_space(self.image_size, self.cameras)
         self.action_space = action_space(action_chunk)
-        self.suite, self.split, self.settle_steps = suite, split, settle_steps
+        self.suite, self.split = suite, split
         self.tasks = _task_ids(suite, tasks)
         self.max_steps = _step_limit(suite, max_steps)
         self.metadata = {**self.metadata, "render_fps": CONTROL_HZ / (action_chunk or 1)}
         self.render_mode = render_mode
         self._fast_rendering = fast_rendering
         self._init_state_transform = init_state_transform
-        self._max_simulators = max_simulators
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._episode: dict[str, Any] = {}
         self._frame_index, self._running, self._warned = 0, False, False
@@ -183,7 +181,7 @@ class LiberoEnv(gym.Env):
         else:
             init_state_id, state = -1, np.asarray(given, np.float64)
         if "fixture_seed" in request:
-            fixture_seed = operator.index(request["fixture_seed"])
+            fixture_seed = check_integer("options['fixture_seed']", request["fixture_seed"], 0)
         self._start(task_id, state, fixture_seed)
         self._episode = {
             "instruction": self._simulators[task_id].instruction,
@@ -309,12 +307,12 @@ def _image_size(size: int | tuple[int, int]) -> tuple[int, int]:
 def _task_ids(suite: str, tasks: Sequence[int] | None) -> tuple[int, ...]:
     with _explained_gl_errors():
         known = range(n_tasks(suite))
-    ids = tuple(known) if tasks is None else tuple(tasks)
+    ids = tuple(known) if tasks is None else check_tasks(tasks)
     if not ids or any(task not in known for task in ids):
         raise ValueError(
             f"tasks={tasks!r}: {suite} has tasks 0...{len(known) - 1}; name one or more"
         )
-    return tuple(int(task) for task in ids)
+    return ids
 
 
 def _step_limit(suite: str, max_steps: int | None) -> int:
@@ -322,9 +320,7 @@ def _step_limit(suite: str, max_steps: int | None) -> int:
         if suite not in STEP_LIMITS:
             raise ValueError(f"suite={suite!r} has no published step limit: give max_steps")
         return STEP_LIMITS[suite]
-    if max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: allowed are None or an integer >= 1")
-    return max_steps
+    return check_integer("max_steps", max_steps)
 
 
 def _chosen(name: str, value: Any, allowed: Collection[int]) -> int:

@@ -7,33 +7,43 @@ same for all of its rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
+from torch import Tensor
+
+from wmgym.envs.state import EnvState
+from wmgym.spaces import check_integer
 
 OPTIONS = ("episode_id", "frame_index", "reset_mask")
+SETTINGS = ("num_envs", "group_size", "horizon", "action_chunk", "world", "dataset", "references")
+"""What a snapshot must agree in with the environment that restores it."""
 
 
 def check_sizes(
-    num_envs: int, group_size: int, horizon: int, max_episode_steps: int | None
+    num_envs: int, group_size: int, horizon: int, max_episode_steps: int | None, cache_mb: float
 ) -> None:
     """Validates the numbers an environment is made with.
 
     Raises:
-        ValueError: One is below 1, or `num_envs` is not a multiple of `group_size`.
+        ValueError: One is no integer or too small, or `num_envs` no multiple of `group_size`.
     """
-    if num_envs < 1 or group_size < 1 or num_envs % group_size:
+    check_integer("num_envs", num_envs)
+    check_integer("group_size", group_size)
+    check_integer("horizon", horizon)
+    check_integer("max_episode_steps", 1 if max_episode_steps is None else max_episode_steps)
+    if num_envs % group_size:
         raise ValueError(
             f"num_envs={num_envs}, group_size={group_size}: num_envs must be a multiple of "
-            "group_size, and both at least 1"
+            "group_size"
         )
-    if horizon < 1 or (max_episode_steps is not None and max_episode_steps < 1):
-        raise ValueError(
-            f"horizon={horizon}, max_episode_steps={max_episode_steps}: must be at least 1"
-        )
+    if not isinstance(cache_mb, Real) or not 0 <= cache_mb < math.inf:
+        raise ValueError(f"cache_mb={cache_mb!r}: expected a number of megabytes >= 0")
 
 
 def parse_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
@@ -85,14 +95,16 @@ def masked_groups(mask: Any, num_envs: int, group_size: int) -> NDArray[np.int64
     """The groups that `options["reset_mask"]` selects; all of them for None.
 
     Raises:
-        TypeError: Not a boolean numpy array.
+        TypeError: Not a boolean array or tensor.
         ValueError: Wrong shape, no True, or a part of a group.
     """
     if mask is None:
         return np.arange(num_envs // group_size)
+    if isinstance(mask, Tensor):
+        mask = mask.cpu().numpy()
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
         given = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else f"{type(mask)}"
-        raise TypeError(f"options['reset_mask'] must be a numpy array of np.bool_, got {given}")
+        raise TypeError(f"options['reset_mask'] must be an array or tensor of bool, got {given}")
     if mask.shape != (num_envs,):
         raise ValueError(f"options['reset_mask'] has shape {mask.shape}, expected ({num_envs},)")
     if not mask.any():
@@ -132,14 +144,18 @@ def group_option(
 
 
 def fork_targets(
-    source: int, rows: Sequence[int], num_envs: int, group_size: int
+    source: int, rows: Sequence[int] | NDArray, num_envs: int, group_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The groups and sorted rows that become copies of row `source`.
 
     Raises:
+        TypeError: Rows are not integers.
         ValueError: No such rows, or a part of a group that is not the source's.
     """
-    to = np.unique(np.asarray(rows, np.int64))
+    to = np.unique(np.asarray(rows))
+    if to.dtype.kind not in "iu":
+        raise TypeError(f"rows={rows!r}: expected integers; of a mask give np.flatnonzero(mask)")
+    check_integer("source", source, 0)
     if to.size == 0 or min(to[0], source) < 0 or max(to[-1], source) >= num_envs:
         raise ValueError(f"source={source}, rows={list(rows)}: rows are 0 to {num_envs - 1}")
     groups, counts = np.unique(to // group_size, return_counts=True)
@@ -150,3 +166,18 @@ def fork_targets(
             "of a group share one start, so fork all or none of them"
         )
     return groups, to
+
+
+def check_snapshot(state: EnvState, own: tuple[Any, ...]) -> None:
+    """Validates that a snapshot is of an environment with the same `SETTINGS`.
+
+    Raises:
+        TypeError: Not a snapshot.
+        ValueError: It differs in some; the message has both values.
+    """
+    if not isinstance(state, EnvState):
+        raise TypeError(f"state={state!r}: expected what get_state() returned")
+    pairs = zip(SETTINGS, state.settings, own, strict=True)
+    differing = [f"{k} is {a!r} in the snapshot and {b!r} here" for k, a, b in pairs if a != b]
+    if differing:
+        raise ValueError(f"the snapshot is of another environment: {'; '.join(differing)}")

@@ -22,9 +22,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one, else the CPU."""
+    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: No such device here.
+    """
+    count = torch.cuda.device_count()
+    usable = ["cuda", "cpu", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable[0]
+    if str(device) not in usable:
+        raise ValueError(f"device={str(device)!r}: allowed here are {['auto', *usable]}")
     return torch.device(device)
 
 
@@ -39,7 +47,7 @@ def resolve_world(
         dtype: "float32" or "bfloat16", of the networks; an object stays as it is.
 
     Raises:
-        ValueError: Unknown dtype.
+        ValueError: Unknown dtype, or no such device here.
         TypeError: Neither a name nor a `World`.
     """
     if dtype not in DTYPES:
@@ -49,12 +57,14 @@ def resolve_world(
 
         folder = world_folder(os.fspath(world)).resolve()
         return _load_world(folder, _written(folder / WEIGHTS), resolve_device(device), dtype)
-    if isinstance(world, World):
-        return world
-    raise TypeError(
-        f"world={world!r}: give the name of a world, a checkpoint folder, or an object with the "
-        "attributes and methods of wmgym.worlds.world.World"
-    )
+    needed = (*World.__annotations__, "start", "step", "select")
+    missing = [name for name in needed if not hasattr(world, name)]
+    if missing:
+        raise TypeError(
+            f"world={world!r} lacks {missing}: give the name of a world, a checkpoint folder, or "
+            "an object with all attributes and methods of wmgym.worlds.world.World"
+        )
+    return world
 
 
 def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str) -> Dataset:

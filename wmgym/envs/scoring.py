@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Real
 from typing import get_args
 
 import numpy as np
@@ -122,7 +123,7 @@ class Scorer:
             groups: `(n,)` the group of every row.
 
         Raises:
-            ValueError: A function returned another shape.
+            ValueError: A function returned something else, or NaN or infinity.
         """
         if self._verified is not None:
             return self._verified(
@@ -134,12 +135,19 @@ class Scorer:
             )
         assert self._function is not None
         rewards = self._function(inputs)
-        if rewards.shape != inputs.valid.shape:
-            raise ValueError(
-                f"the reward function returned shape {tuple(rewards.shape)}, expected (n, T) = "
-                f"{tuple(inputs.valid.shape)}"
+        valid = inputs.valid
+        if not isinstance(rewards, Tensor) or rewards.shape != valid.shape:
+            given = (
+                f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards)
             )
-        return rewards.float(), {}
+            raise ValueError(
+                f"the reward function returned {given}, expected (n, T) = {tuple(valid.shape)} in "
+                "a tensor"
+            )
+        rewards = rewards.to(valid.device, torch.float32)
+        if not rewards[valid].isfinite().all():
+            raise ValueError("the reward function returned NaN or infinity: rewards must be finite")
+        return rewards, {}
 
 
 def _weights(weights: Mapping[str, float] | RewardWeights | None) -> RewardWeights:
@@ -148,6 +156,8 @@ def _weights(weights: Mapping[str, float] | RewardWeights | None) -> RewardWeigh
     if isinstance(weights, RewardWeights):
         return weights
     names = [f.name for f in fields(RewardWeights)]
+    if not isinstance(weights, Mapping) or not all(isinstance(w, Real) for w in weights.values()):
+        raise ValueError(f"reward_weights={weights!r}: expected numbers, for the terms {names}")
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise ValueError(f"reward_weights has unknown terms {unknown}: allowed are {names}")

@@ -13,6 +13,8 @@ Shapes: `C` context frames, `S` control steps of the imagined episode, images `(
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.data.episodes import Dataset, EpisodeInfo
+from wmgym.data.frame_cache import resize
 from wmgym.envs.cache import ByteCache
+from wmgym.spaces import check_tasks
 
 SPLITS = ("train", "held_out", "all")
 StartFunction = Callable[[np.random.Generator, Sequence[EpisodeInfo]], tuple[int, int]]
@@ -76,8 +80,12 @@ class StartStates:
         horizon: Control steps of an imagined episode, >= 1.
         chunk: Control steps of an environment step.
         context: Context frames `C` of the world.
-        image_size: `(H, W)` of the world.
+        image_size: `(H, W)` of the world, to which recorded images are resized.
         cache: Keeps what was read.
+
+    Attributes:
+        episodes: The eligible episodes.
+        digest: Hash of the descriptions of all episodes.
 
     Raises:
         ValueError: An unknown split or kind of start, or no eligible episode.
@@ -109,6 +117,8 @@ class StartStates:
         self._image_size = image_size
         self._cache = cache
         self._by_id = {e.episode_id: e for e in dataset.episodes}
+        self.digest = hashlib.sha256(repr(dataset.episodes).encode()).hexdigest()[:12]
+        tasks = None if tasks is None else check_tasks(tasks)
         self.episodes = [e for e in dataset.episodes if _eligible(e, suite, tasks, split)]
         if not self.episodes:
             raise ValueError(
@@ -120,7 +130,15 @@ class StartStates:
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:
         """Draws `(episode_id, frame_index)`; `rng` is its only randomness."""
         if callable(self._kind):
-            return self.check(*self._kind(rng, tuple(self.episodes)))
+            given = self._kind(rng, tuple(self.episodes))
+            try:
+                episode_id, frame_index = map(operator.index, given)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the start function returned {given!r}, expected the two integers "
+                    "(episode_id, frame_index)"
+                ) from None
+            return self.check(episode_id, frame_index)
         if self._kind == "episodes":
             return self.episodes[rng.integers(len(self.episodes))].episode_id, 0
         drawn = int(rng.integers(self._cumulative[-1]))
@@ -166,11 +184,7 @@ class StartStates:
         return int(episode_id), int(frame_index)
 
     def load(self, episode_id: int, frame_index: int) -> Start:
-        """Reads a start that passed `check`, from the cache if it is there.
-
-        Raises:
-            ValueError: The recorded images have another size than the world's.
-        """
+        """Reads a start that passed `check`, from the cache if it is there."""
         key = ("start", episode_id, frame_index)
         start = self._cache.get(key)
         if start is None:
@@ -183,11 +197,7 @@ class StartStates:
         steps = min(self._horizon, info.length - 1 - f)
         first = max(0, f - self._context + 1)
         piece = self._dataset.read(episode_id, first, min(info.length, f + self._padded))
-        if piece.images.shape[1:3] != self._image_size:
-            raise ValueError(
-                f"episode {episode_id} has images of {piece.images.shape[1:3]} pixels, the world "
-                f"imagines {self._image_size}; give a dataset recorded at that size"
-            )
+        images = resize(piece.images, self._image_size)
         now = f - first
         context = np.maximum(np.arange(now - self._context + 1, now + 1), 0)
         later = np.minimum(np.arange(now, now + self._padded), len(piece) - 1)
@@ -195,9 +205,9 @@ class StartStates:
             info=info,
             frame_index=f,
             steps=steps,
-            context_images=piece.images[context],
+            context_images=images[context],
             context_proprio=piece.proprio[context].astype(np.float32),
-            images=piece.images[now + 1 : now + 1 + steps].copy(),
+            images=images[now + 1 : now + 1 + steps].copy(),
             actions=np.clip(piece.actions[later].astype(np.float32), -1.0, 1.0),
         )
 

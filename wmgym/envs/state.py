@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class EnvState:
         elapsed: `(N,)` control steps since the start.
         ended: `(N,)` whether the episode is over.
         rngs: `N` generators that draw the next starts.
+        settings: What `requests.SETTINGS` names, in snapshots.
     """
 
     world: WorldState
@@ -44,6 +46,7 @@ class EnvState:
     elapsed: NDArray[np.int64]
     ended: NDArray[np.bool_]
     rngs: list[np.random.Generator]
+    settings: tuple[Any, ...] = ()
 
     def copy(self) -> EnvState:
         """An independent copy."""
@@ -57,6 +60,7 @@ class EnvState:
             elapsed=self.elapsed.copy(),
             ended=self.ended.copy(),
             rngs=copy.deepcopy(self.rngs),
+            settings=self.settings,
         )
 
     def take(self, world: World, groups: NDArray[np.int64], rows: NDArray[np.int64]) -> EnvState:

@@ -10,6 +10,7 @@ Letters: `B` environments, `N` groups, `G = B / N` members, `T` control steps of
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,7 +121,7 @@ class WorldModelVectorEnv(VectorEnv):
         max_episode_steps: int | None = None,
         cache_mb: float = 256,
     ) -> None:
-        requests.check_sizes(num_envs, group_size, horizon, max_episode_steps)
+        requests.check_sizes(num_envs, group_size, horizon, max_episode_steps, cache_mb)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: allowed are None and 'rgb_array'")
         self.single_action_space = action_space(action_chunk)
@@ -133,17 +134,13 @@ class WorldModelVectorEnv(VectorEnv):
         self.render_mode = render_mode
         self.world = resolve_world(world, device, dtype)
         self._mode = requests.parse_autoreset_mode(autoreset_mode)
-        self.metadata = {
-            **self.metadata,
-            "autoreset_mode": self._mode,
-            "render_fps": CONTROL_HZ / self._chunk,
-        }
+        fps = CONTROL_HZ / self._chunk
+        self.metadata = self.metadata | {"autoreset_mode": self._mode, "render_fps": fps}
         self.single_observation_space = observation_space(self.world.image_size)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
 
         self._edge = Edge(output, self.world.device, self.single_action_space.shape)
-        self._device = self.world.device
         self._cache = ByteCache(int(cache_mb * 2**20))
         self._source = StartStates(
             resolve_dataset(dataset, suite),
@@ -157,8 +154,12 @@ class WorldModelVectorEnv(VectorEnv):
             image_size=self.world.image_size,
             cache=self._cache,
         )
-        scorer = Scorer(reward, reward_weights, self._device, DTYPES[dtype], lpips_net)
+        scorer = Scorer(reward, reward_weights, self.world.device, DTYPES[dtype], lpips_net)
         self._rollout = Rollout(self.world, scorer, self._cache, group_size, self._chunk)
+        sizes = (num_envs, group_size, horizon, self._chunk)
+        known = (self.world.name, tuple(self.world.image_size), self.world.context)
+        references = "imagined" if scorer.imagined else "recorded"
+        self._settings = (*sizes, known, self._source.digest, references)
         self._state: EnvState | None = None
         self.last_step: RewardInputs | None = None
 
@@ -180,7 +181,7 @@ class WorldModelVectorEnv(VectorEnv):
                 starts depends only on the seed of its first row; None continues the stream.
             options: `episode_id` and `frame_index` (numbers or one per row) choose the start;
                 without `frame_index` it is drawn, or 0 if starts are not "frames". `reset_mask`, a
-                boolean array, restricts the reset to its rows.
+                boolean array or tensor, restricts the reset to its rows.
 
         Returns:
             Observations and infos of all rows; infos only of those that were reset.
@@ -222,9 +223,8 @@ class WorldModelVectorEnv(VectorEnv):
         if self._mode is AutoresetMode.DISABLED and ended.any():
             rows = self._rows(np.flatnonzero(ended)).tolist()
             raise ResetNeeded(f"rows {rows} have ended: reset them with options['reset_mask']")
-        rewards = torch.zeros(self.num_envs, device=self._device)
-        terminated = np.zeros(self.num_envs, np.bool_)
-        truncated = np.zeros(self.num_envs, np.bool_)
+        rewards = torch.zeros(self.num_envs, device=self.world.device)
+        terminated, truncated = np.zeros((2, self.num_envs), np.bool_)
         infos: dict[str, Any] = {}
         live = np.flatnonzero(~ended)
         if live.size:
@@ -244,13 +244,8 @@ class WorldModelVectorEnv(VectorEnv):
         if reset.any():
             groups = np.flatnonzero(reset)
             self._begin(groups, [self._now().rngs[g] for g in groups], {}, infos)
-        return (
-            self._edge.observation(self._now()),
-            self._edge.tensor(rewards),
-            self._edge.array(terminated),
-            self._edge.array(truncated),
-            infos,
-        )
+        flags = (self._edge.array(terminated), self._edge.array(truncated))
+        return self._edge.observation(self._now()), self._edge.tensor(rewards), *flags, infos
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """`B` frames `(H, 2 W, 3)` uint8: the imagined frame | the one it is compared with.
@@ -266,28 +261,25 @@ class WorldModelVectorEnv(VectorEnv):
 
     def get_state(self) -> EnvState:
         """A snapshot: world, reference, counters and generators."""
-        return self._now().copy()
+        return dataclasses.replace(self._now().copy(), settings=self._settings)
 
     def set_state(self, state: EnvState) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restores a snapshot of this environment exactly; it may be restored again.
+        """Restores a snapshot of this environment, or one like it, exactly and any number of times.
 
         Returns:
             Observations and infos of all rows, like `reset`.
 
         Raises:
-            ValueError: The snapshot has other numbers of rows or groups, or no reference branches.
+            TypeError: Not a snapshot.
+            ValueError: It is of an environment with other sizes, or another world or dataset.
         """
-        given = (len(state.images), len(state.starts), state.reference is not None)
-        own = (self.num_envs, self.num_envs // self.group_size, self._rollout.scorer.imagined)
-        if given != own:
-            raise ValueError(
-                "(environments, groups, whether there are reference branches) are "
-                f"{given} in the snapshot and {own} here: they must be equal"
-            )
+        requests.check_snapshot(state, self._settings)
         self._state = state.copy()
         return self._look()
 
-    def fork(self, source: int, rows: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def fork(
+        self, source: int, rows: Sequence[int] | NDArray[np.integer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Makes `rows` continue from where row `source` is, exactly.
 
         Rows of another group than the source's share that group's start, so all of them must be
@@ -297,6 +289,7 @@ class WorldModelVectorEnv(VectorEnv):
             Observations and infos of all rows, like `reset`.
 
         Raises:
+            TypeError: Rows are not integers.
             ValueError: No such rows, or a part of another group.
         """
         now = self._now()

@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from wmgym.envs.infos import take_row, take_value
 from wmgym.envs.state import EnvState
 from wmgym.envs.vector import WorldModelVectorEnv
-from wmgym.spaces import CONTROL_HZ
+from wmgym.spaces import CONTROL_HZ, check_actions
 
 __all__ = ["WorldModelEnv", "WorldModelVectorEnv"]
 
@@ -71,10 +72,16 @@ class WorldModelEnv(gym.Env):
 
         Raises:
             ValueError: Wrong shape, NaN or infinity.
-            ResetNeeded: The episode has ended.
+            ResetNeeded: The episode has ended, or none was started.
         """
-        batch = action[None] if isinstance(action, Tensor) else np.asarray(action)[None]
-        observation, reward, terminated, truncated, infos = self.vector.step(batch)
+        if isinstance(action, Tensor):
+            action = action.detach().float().cpu().numpy()
+        check_actions(action, self.action_space.shape or ())
+        batch = np.asarray(action)[None]
+        try:
+            observation, reward, terminated, truncated, infos = self.vector.step(batch)
+        except ResetNeeded:
+            raise ResetNeeded("no episode is running: call reset() first") from None
         flags = (bool(terminated[0]), bool(truncated[0]))
         return self._first(observation), float(reward[0]), *flags, take_row(infos, 0)
 

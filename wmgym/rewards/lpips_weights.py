@@ -112,7 +112,7 @@ def load_weights(net: str, path: str | Path | None = None) -> dict[str, Tensor]:
     if not file.is_file():
         raise MissingWeightsError(f"LPIPS weights file {file} does not exist")
     try:
-        state = load_file(file)
+        state = {name: tensor.float() for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise DamagedWeightsError(f"{file} is not a readable safetensors file: {error}") from error
     return _verified(state, expected, file)
