@@ -3,14 +3,17 @@
 from pathlib import Path
 
 from wmgym.assets import asset_path
-from wmgym.reports import quality_table
+from wmgym.reports import audit_table, quality_table, speed_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_of_the_shipped_world_is_that_of_its_report():
-    assert quality_table(asset_path("worlds", "libero-small")) in README
+def test_the_tables_of_the_shipped_world_are_those_of_its_reports():
+    world = asset_path("worlds", "libero-small")
+    assert quality_table(world) in README
+    assert audit_table(world) in README
+    assert speed_table(asset_path("reports", "bench_small.json")) in README
 
 
 def test_the_ten_lines_are_the_quickstart_example():
