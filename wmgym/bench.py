@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -39,6 +40,7 @@ class BenchConfig:
         repeats: Repeats of which the median is reported.
         seed: Seed of starts and actions.
         device: "auto", "cpu" or "cuda".
+        out: The report; none is written without.
     """
 
     world: str = "libero-small"
@@ -51,6 +53,7 @@ class BenchConfig:
     repeats: int = 5
     seed: int = 0
     device: str = "auto"
+    out: Path | None = None
 
 
 def bench(config: BenchConfig, *, libero: bool = True) -> dict[str, Any]:

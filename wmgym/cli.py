@@ -1,8 +1,8 @@
 """The command line: `wmgym demo | record | train | evaluate | audit | bench | report | subset`.
 
-Every command is a dataclass; its fields are the options and `wmgym COMMAND --help` explains them.
-Commands that measure something write a JSON report with their own command line, the seed, the
-machine and the version in it.
+The options of a command are the fields of a dataclass, of what it configures wherever there is one;
+`wmgym COMMAND --help` explains them. Commands that measure something write a JSON report with their
+own command line, the seed, the machine and the version in it.
 """
 
 from __future__ import annotations
@@ -10,127 +10,80 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from wmgym.extras import MissingExtraError
 
 
-@dataclass(frozen=True)
-class Demo:
+def _demo() -> None:
     """Imagine, score and film reference, noisy and random actions on what ships with wmgym."""
+    from wmgym.demo import DemoConfig, demo
 
-    world: str = "libero-small"
-    """Name or folder of the world."""
-    suite: str = "libero_object"
-    """LIBERO suite."""
-    out: Path = Path("demo")
-    """Folder of the videos."""
-    seed: int = 0
-    """Seed of starts and noise."""
-
-    def run(self) -> None:
-        """Prints the table and writes the videos."""
-        from wmgym.demo import DemoConfig, demo
-
-        demo(DemoConfig(world=self.world, suite=self.suite, out=self.out, seed=self.seed), print)
+    demo(_options(DemoConfig), print)
 
 
-@dataclass(frozen=True)
-class Record:
+def _record() -> None:
     """Record demonstrations of a LIBERO suite with the scripted experts (extra `libero`)."""
+    from wmgym.experts.recorder import RecordConfig, record
 
-    suite: str
-    """LIBERO suite, e.g. libero_object."""
-    out: Path
-    """Folder of the LeRobot v3 dataset."""
-    tasks: tuple[int, ...] = ()
-    """Task ids; all without."""
-    episodes: int = 26
-    """Takes of every task from training initial states."""
-    held_out: int = 3
-    """Takes of every task from held-out initial states."""
-    misses: int = 2
-    """Takes of every task that miss their grasp."""
-    image_size: int = 128
-    """Height and width of the images, pixels."""
-    fast_rendering: bool = True
-    """Simplified meshes and no mirror images: see the README."""
-    seed: int = 0
-    """Seed of everything random."""
-    workers: int = 2
-    """Processes."""
-
-    def run(self) -> None:
-        """Records, or goes on with an interrupted recording."""
-        from wmgym.experts.recorder import RecordConfig, record
-
-        config = RecordConfig(
-            suite=self.suite,
-            out=self.out,
-            tasks=self.tasks,
-            episodes=self.episodes,
-            held_out=self.held_out,
-            misses=self.misses,
-            image_size=self.image_size,
-            fast_rendering=self.fast_rendering,
-            seed=self.seed,
-            workers=self.workers,
-        )
-        print(f"recorded {record(config)}")
+    print(f"recorded {record(_options(RecordConfig))}")
 
 
-@dataclass(frozen=True)
-class Train:
+def _train() -> None:
     """Train a world on demonstrations; resumes when the run's folder holds a checkpoint."""
+    from wmgym.worlds.train import TrainConfig, train
 
-    data: tuple[Path, ...]
-    """Folders of LeRobot v3 datasets."""
-    out: Path
-    """Folder of the run; the finished world is in its subfolder `world`."""
-    init_from: str | None = None
-    """World to go on from: a shipped name or a folder."""
-    steps: int = 20_000
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Windows per step, over all processes."""
-    learning_rate: float = 6e-4
-    """Peak learning rate."""
-    warmup: int = 500
-    """Steps of linear warm-up."""
-    lead: int = 3
-    """Most chunks imagined before the one trained on; 0 trains on recorded frames only."""
-    seed: int = 0
-    """Seed of the weights and of the windows."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    bfloat16: bool = True
-    """Matrix products in bfloat16."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"trained {train(_options(TrainConfig))}")
 
-    def run(self) -> None:
-        """Trains."""
-        from wmgym.worlds.train import TrainConfig, train
 
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        folder = train(
-            TrainConfig(
-                data=self.data,
-                out=self.out,
-                init_from=self.init_from,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                warmup=self.warmup,
-                lead=self.lead,
-                seed=self.seed,
-                device=self.device,
-                bfloat16=self.bfloat16,
-            )
-        )
-        print(f"trained {folder}")
+def _bench() -> None:
+    """Imagined control steps per second against LIBERO's own, in one run (extra `libero`)."""
+    from wmgym.bench import BenchConfig, bench
+
+    config = _options(BenchConfig)
+    figures = bench(config)
+    if config.out is not None:
+        _report(config.out, figures, config.seed)
+    for name, value in figures.items():
+        print(f"{name:24s} {value}")
+
+
+def _evaluate() -> None:
+    """Score a world's pictures on held-out episodes."""
+    _options(Evaluate).run()
+
+
+def _audit() -> None:
+    """Compare imagined with real rewards, chunk by chunk (extra `libero`)."""
+    _options(Audit).run()
+
+
+def _tables() -> None:
+    """Print the README's tables of a shipped world from its committed reports."""
+    _options(Report).run()
+
+
+def _subset() -> None:
+    """Copy some episodes of a LeRobot v3 dataset into a smaller one, without re-encoding."""
+    _options(Subset).run()
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "demo": _demo,
+    "record": _record,
+    "train": _train,
+    "evaluate": _evaluate,
+    "audit": _audit,
+    "bench": _bench,
+    "report": _tables,
+    "subset": _subset,
+}
 
 
 @dataclass(frozen=True)
@@ -213,51 +166,6 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Imagined control steps per second against LIBERO's own, in one run (extra `libero`)."""
-
-    world: str = "libero-small"
-    """Name or folder of the world."""
-    suite: str = "libero_object"
-    """LIBERO suite."""
-    num_envs: int = 64
-    """Imagined environments."""
-    group_size: int = 16
-    """Environments that share a start and its reference."""
-    action_chunk: int = 8
-    """Control steps per step of the imagined environments."""
-    dtype: str = "bfloat16"
-    """float32 or bfloat16."""
-    repeats: int = 5
-    """Repeats; the median is reported."""
-    out: Path | None = None
-    """The report; none is written without."""
-    seed: int = 0
-    """Seed of starts and actions."""
-
-    def run(self) -> None:
-        """Measures and prints both rates and their ratio."""
-        from wmgym.bench import BenchConfig, bench
-
-        figures = bench(
-            BenchConfig(
-                world=self.world,
-                suite=self.suite,
-                num_envs=self.num_envs,
-                group_size=self.group_size,
-                action_chunk=self.action_chunk,
-                dtype=self.dtype,
-                repeats=self.repeats,
-                seed=self.seed,
-            )
-        )
-        if self.out is not None:
-            _report(self.out, figures, self.seed)
-        for name, value in figures.items():
-            print(f"{name:24s} {value}")
-
-
-@dataclass(frozen=True)
 class Report:
     """Print the README's tables of a shipped world from its committed reports."""
 
@@ -304,18 +212,6 @@ class Subset:
         print(f"{len(chosen)} episodes in {self.out}")
 
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Record, tyro.conf.subcommand("record")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Audit, tyro.conf.subcommand("audit")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Subset, tyro.conf.subcommand("subset")]
-)
-
-
 def _beside(world: Path, name: str) -> Path:
     """Where a report of a world goes by default: never among the files that ship."""
     from wmgym.assets import asset_path
@@ -331,11 +227,29 @@ def _report(path: Path, figures: dict[str, Any], seed: int) -> None:
     print(f"wrote {path}")
 
 
+def _options(kind: type[Any]) -> Any:
+    """The options on the command line, as what they configure."""
+    name = sys.argv[1]
+    description = COMMANDS[name].__doc__
+    return tyro.cli(kind, prog=f"wmgym {name}", description=description, args=sys.argv[2:])
+
+
+def _usage() -> str:
+    lines = [f"  {name:10s} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: wmgym COMMAND [--help] [OPTIONS]", "", *lines])
+
+
 def main() -> None:
     """Entry point of the command `wmgym`."""
-    command: Any = tyro.cli(Command, prog="wmgym", description=__doc__)
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(_usage())
+        return
+    if name not in COMMANDS:
+        print(f"{_usage()}\n\nwmgym: no such command: {name!r}", file=sys.stderr)
+        sys.exit(2)
     try:
-        command.run()
+        COMMANDS[name]()
     except (ValueError, ArithmeticError, OSError, NotImplementedError, MissingExtraError) as error:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:
