@@ -414,6 +414,15 @@ def interrupt_first(settings: RecordConfig, take: Take) -> bool:
     return stage_slowly(settings, take)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: programs that a shell starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("stage", "error"), [(fail_first, RuntimeError), (interrupt_first, KeyboardInterrupt)]
 )
