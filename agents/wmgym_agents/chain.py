@@ -17,6 +17,7 @@ in float32. The density of the first noise does not depend on the policy and is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,7 +98,7 @@ def sample(
     proprio: Tensor,
     *,
     group_size: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Chain:
     """Draws `group_size` chains for every observation.
 
@@ -107,18 +108,21 @@ def sample(
         context: `(B, N, D)` tokens of the observations.
         proprio: `(B, 8)` normalised proprioception.
         group_size: Chains per observation, `G`.
-        generator: Source of the noise, on the CPU. It is read observation by observation, so what
-            the first ones get does not depend on how many follow.
+        generator: Source of the noise, on the CPU, or one per observation. A single one is read
+            observation by observation, so what the first ones get does not depend on how many
+            follow.
 
     Returns:
         `B * G` chains, those of an observation in a row.
     """
     draws, steps = [], []
-    for _ in range(len(context)):
+    if isinstance(generator, torch.Generator):
+        generator = [generator] * len(context)
+    for source in generator:
         shape = (group_size, config.steps + 1, head.config.chunk, ACTION_DIM)
-        draws.append(torch.randn(shape, generator=generator))
+        draws.append(torch.randn(shape, generator=source))
         if config.noise == "flow_sde":
-            steps.append(torch.randint(1, config.steps, (1,), generator=generator))
+            steps.append(torch.randint(1, config.steps, (1,), generator=source))
     noise = torch.cat(draws).to(context.device)
     count = len(noise)
     if config.noise == "flow_sde":

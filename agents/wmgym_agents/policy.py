@@ -155,14 +155,17 @@ class FlowVLA(nn.Module):
         return Encoded(self.encoder(pixels, instruction), self.proprio_scale.to_unit(proprio))
 
     def sample(
-        self, observation: Observation | Encoded, group_size: int, generator: torch.Generator
+        self,
+        observation: Observation | Encoded,
+        group_size: int,
+        generator: torch.Generator | Sequence[torch.Generator],
     ) -> tuple[Tensor, Chain]:
         """Draws chunks.
 
         Args:
             observation: `B` observations, or what `encode` made of them.
             group_size: Chunks per observation, `G`.
-            generator: Source of the noise, on the CPU.
+            generator: Source of the noise, on the CPU, or one per observation.
 
         Returns:
             Actions `(B, G, T, 7)` for the environment, and the `B * G` chains they came from.
