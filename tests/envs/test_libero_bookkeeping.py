@@ -173,5 +173,5 @@ def test_without_opengl_the_system_package_is_named():
     command = [sys.executable, "-c", WITHOUT_GL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "RuntimeError: MuJoCo found no OpenGL library with MUJOCO_GL='osmesa'" in done.stderr
+    assert "OSError: MuJoCo found no OpenGL library with MUJOCO_GL='osmesa'" in done.stderr
     assert "libosmesa6" in done.stderr

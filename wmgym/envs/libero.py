@@ -9,10 +9,8 @@ Observations and actions: `wmgym.spaces`. Step limits: the published protocol of
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -23,7 +21,6 @@ from numpy.typing import NDArray
 
 from wmgym.data.episodes import HELD_OUT_INIT_STATES
 from wmgym.envs.simulator import SETTLE_STEPS, Simulator, initial_states, n_tasks
-from wmgym.extras import MissingExtraError
 from wmgym.spaces import (
     ACTION_DIM,
     CONTROL_HZ,
@@ -76,7 +73,7 @@ class LiberoEnv(gym.Env):
     Raises:
         ValueError: An argument outside of what is allowed.
         MissingExtraError: LIBERO is not installed.
-        RuntimeError: MuJoCo finds no OpenGL library.
+        OSError: MuJoCo finds no OpenGL library.
 
     Example:
         >>> import gymnasium as gym
@@ -263,8 +260,7 @@ class LiberoEnv(gym.Env):
             while len(self._simulators) >= self._max_simulators:
                 self._simulators.popitem(last=False)[1].close()
             size, fast = self.image_size, self._fast_rendering
-            with _explained_gl_errors():
-                simulator = Simulator(self.suite, task_id, image_size=size, fast_rendering=fast)
+            simulator = Simulator(self.suite, task_id, image_size=size, fast_rendering=fast)
             self._simulators[task_id] = simulator
         self._simulators.move_to_end(task_id)
         return self._simulators[task_id]
@@ -305,8 +301,7 @@ def _image_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _task_ids(suite: str, tasks: Sequence[int] | None) -> tuple[int, ...]:
-    with _explained_gl_errors():
-        known = range(n_tasks(suite))
+    known = range(n_tasks(suite))
     ids = tuple(known) if tasks is None else check_tasks(tasks)
     if not ids or any(task not in known for task in ids):
         raise ValueError(
@@ -327,20 +322,3 @@ def _chosen(name: str, value: Any, allowed: Collection[int]) -> int:
     if value not in allowed:
         raise ValueError(f"options[{name!r}]={value!r}: allowed are {list(allowed)}")
     return int(value)
-
-
-@contextlib.contextmanager
-def _explained_gl_errors() -> Iterator[None]:
-    """PyOpenGL says `'NoneType' object has no attribute 'glGetError'` for a missing library."""
-    try:
-        yield
-    except MissingExtraError:
-        raise
-    except (AttributeError, ImportError) as error:
-        if "gl" not in str(error).lower():
-            raise
-        raise RuntimeError(
-            f"MuJoCo found no OpenGL library with MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} "
-            f"({error}). Install one, e.g. apt-get install libosmesa6 libgl1, or set MUJOCO_GL=egl "
-            "(apt package libegl1, or a GPU driver) before Python starts"
-        ) from error

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.envs.mesh_simplification import simplified_meshes
-from wmgym.extras import require
+from wmgym.extras import MissingExtraError, require
 from wmgym.spaces import ACTION_DIM, axis_angle
 
 SETTLE_STEPS = 10
@@ -42,7 +42,25 @@ Fixtures = dict[str, list[float]]
 """Pose of each fixture by name: position (3, m) followed by quaternion (4, wxyz)."""
 
 
+@contextlib.contextmanager
+def _explained_gl_errors() -> Iterator[None]:
+    """PyOpenGL says `'NoneType' object has no attribute 'glGetError'` for a missing library."""
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except (AttributeError, ImportError) as error:
+        if "gl" not in str(error).lower():
+            raise
+        raise OSError(
+            f"MuJoCo found no OpenGL library with MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} "
+            f"({error}). Install one, e.g. apt-get install libosmesa6 libgl1, or set MUJOCO_GL=egl "
+            "(apt package libegl1, or a GPU driver) before Python starts"
+        ) from error
+
+
 @cache
+@_explained_gl_errors()
 def _benchmark(suite: str) -> Any:
     os.environ.setdefault("MUJOCO_GL", "osmesa" if sys.platform == "linux" else "")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -114,6 +132,7 @@ class Simulator:
         MissingExtraError: LIBERO is not installed.
     """
 
+    @_explained_gl_errors()
     def __init__(
         self,
         suite: str,
