@@ -154,7 +154,7 @@ class _Block(nn.Module):
         width, heads, dropout = config.width, config.heads, config.dropout
         self.looks = looks
         self.attn_temporal = _Attention(width, heads, dropout)
-        self.cross_attn = _CrossAttention(width, heads, dropout)
+        self.cross_attn = _CrossAttention(width, heads, dropout).requires_grad_(looks)
         self.mlp = _MLP(width)
         self.adaLN_modulation = _modulation(width, 6)
 

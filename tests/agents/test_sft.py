@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +106,16 @@ def test_failures_and_held_out_states_are_not_imitated(tiny_dataset, tmp_path):
     assert usable(EpisodeInfo(0, 9, "task", success=None))
     with pytest.raises(ValueError, match=r"validation_states has \[45\]"):
         config(tiny_dataset, tmp_path, validation_states=(45,))
+
+
+def test_two_processes_train_one_policy(tiny_dataset, tmp_path):
+    here = Path(__file__).resolve().parent
+    paths = [here.parents[1], here.parents[1] / "agents", here.parent, here]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(here / "sft_tiny.py"), str(tiny_dataset), str(tmp_path)]
+    environment["OMP_NUM_THREADS"] = "1"
+    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+    policy = FlowVLA.from_pretrained(tmp_path / "policy")
+    assert policy.config == small.CONFIG
