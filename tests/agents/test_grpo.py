@@ -28,7 +28,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A policy that has learned to stay where it is, whatever it sees."""
-    policy = small.policy(CONFIG).train()
+    policy = small.policy(CONFIG)
     nn.init.zeros_(policy.head.sigma_net.final_layer.linear.weight)
     nn.init.zeros_(policy.head.sigma_net.final_layer.linear.bias)
     optimizer = torch.optim.Adam(policy.head.action_head.parameters(), lr=5e-3)
