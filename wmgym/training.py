@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,39 @@ class Run(Generic[ModelT]):
         torch.save(state, part)
         part.replace(path)
 
+    def resume(self, path: Path, device: torch.device) -> None:
+        """Goes back to a checkpoint if there is one."""
+        if path.exists():
+            self.load(path, device)
+            logger.info("going on from step %d of %s", self.step, path)
+
+    def descend(self, loss: Tensor, rate: float, *, clip: float, ema: float) -> Tensor:
+        """One optimizer step and one of the moving average.
+
+        Args:
+            loss: What to go down.
+            rate: Learning rate of all weights.
+            clip: Largest norm of the gradient.
+            ema: Decay of the average; less in the first steps.
+
+        Returns:
+            The norm of the gradient before clipping.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        check_finite(loss, "loss", self.step)  # PyTorch's grid_sample crashes going back from NaN
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        check_finite(norm, "gradient", self.step)
+        self.optimizer.step()
+        self.step += 1
+        update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
+        return norm
+
     def load(self, path: Path, device: torch.device) -> None:
         """Goes back to a checkpoint.
 
@@ -99,6 +133,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(weight, 1 - decay)
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for a generator, as unlike those of other numbers as can be."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 _FREE = ("out", "device", "save_every", "validate_every")

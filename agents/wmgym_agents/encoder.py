@@ -1,10 +1,10 @@
 """Eyes and ears of the small policy: a picture and an instruction as tokens.
 
-Small enough to be trained from nothing on two CPU cores. The picture goes through a few strided
-convolutions to a 16 x 16 grid and ConvNeXt blocks that are modulated by the instruction (FiLM,
-Perez et al. 2018), so that what is looked for is decided early. The instruction is a bag of its
-words and of their trigrams, hashed: any sentence is accepted, and a word never seen before shares
-pieces with those that were.
+Small enough to be trained from nothing on two CPU cores. The picture goes through the stages of a
+residual network (He et al. 2016, pre-activation) down to a sixteenth of its size; every block is
+modulated by the instruction (FiLM, Perez et al. 2018), so that what is looked for is decided early.
+The instruction is a bag of its words and of their trigrams, hashed: any sentence is
+accepted, and a word never seen before shares pieces with those that were.
 """
 
 from __future__ import annotations
@@ -18,26 +18,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_GROUPS = 8
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Shape of a `SmallEncoder`.
 
     Attributes:
-        image_size: Height and width of the picture, pixels; a multiple of 8.
-        width: Width of the tokens.
-        blocks: ConvNeXt blocks on the grid.
+        image_size: Height and width of the picture, pixels.
+        widths: Channels of the stages; the first sees a quarter of the size, each later one half of
+            what the one before saw. The last is the width of the tokens.
+        blocks: Residual blocks of the stages.
         buckets: Rows of the table of words and trigrams.
     """
 
     image_size: int = 128
-    width: int = 128
-    blocks: int = 4
+    widths: tuple[int, ...] = (32, 96, 256)
+    blocks: tuple[int, ...] = (1, 1, 2)
     buckets: int = 4096
 
     def __post_init__(self) -> None:
-        if self.image_size % 8:
-            raise ValueError(f"image_size={self.image_size}: allowed are multiples of 8")
+        if len(self.blocks) != len(self.widths) or not self.widths:
+            raise ValueError(f"blocks={self.blocks}: one number for each of widths={self.widths}")
+        if any(width % _GROUPS for width in self.widths):
+            raise ValueError(f"widths={self.widths}: allowed are multiples of {_GROUPS}")
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size={self.image_size}: allowed are multiples of {self.stride}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        return self.widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one token to the next."""
+        return 2 ** (len(self.widths) + 1)
 
 
 def hashed_pieces(text: str, buckets: int) -> list[int]:
@@ -70,23 +89,22 @@ class TextEncoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """ConvNeXt block (Liu et al. 2022) with a scale and a shift from the instruction."""
+    """Pre-activation residual block with a scale and a shift from the instruction."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, text: int) -> None:
         super().__init__()
-        self.near = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width)
-        self.film = nn.Linear(width, 2 * width)
-        self.grow = nn.Linear(width, 4 * width)
-        self.shrink = nn.Linear(4 * width, width)
-        for layer in (self.film, self.shrink):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.norm1 = nn.GroupNorm(_GROUPS, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(_GROUPS, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(text, 2 * width)
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        scale, shift = self.film(text)[:, None, None].chunk(2, dim=-1)
-        y = self.norm(self.near(x).movedim(1, -1)) * (1 + scale) + shift
-        return x + self.shrink(F.gelu(self.grow(y))).movedim(-1, 1)
+        scale, shift = self.film(text)[:, :, None, None].chunk(2, dim=1)
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
 
 
 class SmallEncoder(nn.Module):
@@ -95,29 +113,33 @@ class SmallEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        width, side = config.width, config.image_size // 8
+        width, side = config.width, config.image_size // config.stride
         self.text = TextEncoder(config.buckets, width)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 4, 5, stride=2, padding=2),
-            nn.GELU(),
-            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-        )
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(config.blocks))
+        self.entries, self.stages = nn.ModuleList(), nn.ModuleList()
+        before = 3
+        for number, (channels, count) in enumerate(zip(config.widths, config.blocks, strict=True)):
+            kernel, stride, padding = (7, 4, 3) if number == 0 else (2, 2, 0)
+            self.entries.append(nn.Conv2d(before, channels, kernel, stride, padding))
+            self.stages.append(nn.ModuleList(_Block(channels, width) for _ in range(count)))
+            before = channels
         self.position = nn.Parameter(torch.randn(side * side, width) * 0.2)
         self.norm = nn.LayerNorm(width)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):  # twice as fast on a CPU
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, instructions: Sequence[str]) -> Tensor:
-        """Tokens `(B, (H / 8)^2 + 1, width)`; the last one is the instruction.
+        """Tokens `(B, (image_size / stride)^2 + 1, width)`; the last one is the instruction.
 
         Args:
             images: `(B, 3, H, W)` in [0, 1].
             instructions: `B` sentences.
         """
         text = self.text(instructions)
-        x = self.stem(images * 2 - 1)
-        for block in self.blocks:
-            x = block(x, text)
+        x = images.contiguous(memory_format=torch.channels_last) * 2 - 1
+        for entry, stage in zip(self.entries, self.stages, strict=True):
+            x = entry(x)
+            for block in stage.children():
+                x = block(x, text)
         grid = x.flatten(2).transpose(1, 2) + self.position
         return self.norm(torch.cat([grid, text[:, None]], dim=1))

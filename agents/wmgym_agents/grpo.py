@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 import wmgym
 from wmgym.distributed import Processes, processes
-from wmgym.training import Log, Run, check_finite, settings_of
+from wmgym.training import Log, Run, check_finite, seed_of, settings_of
 from wmgym_agents.chain import Chain, Noise
 from wmgym_agents.objective import (
     Advantage,
@@ -50,8 +49,6 @@ from wmgym_agents.objective import (
     policy_loss,
 )
 from wmgym_agents.policy import Encoded, FlowVLA, Observation
-
-logger = logging.getLogger(__name__)
 
 gym.register_envs(wmgym)
 
@@ -342,8 +339,7 @@ class GRPO:
 
     def _key(self, purpose: int, number: int) -> int:
         """Seed of a purpose and a number (of a start, say) in this step."""
-        entropy = [self.config.seed, self.run.step, purpose, number]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        return seed_of(self.config.seed, self.run.step, purpose, number)
 
     @torch.no_grad()
     def _check_first(self, decisions: list[Decision], rewards: Tensor) -> None:
@@ -408,9 +404,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         job = GRPO(config, here, **env_kwargs)
         opened.callback(job.envs.close)
         run, checkpoint = job.run, config.out / "checkpoint.pt"
-        if checkpoint.exists():
-            run.load(checkpoint, here.device)
-            logger.info("going on from step %d of %s", run.step, checkpoint)
+        run.resume(checkpoint, here.device)
         log = None
         if here.main:
             log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))

@@ -37,7 +37,8 @@ FAMILY = "wmgym-flow-vla"
 CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "dataset_statistics.json"
 STATISTICS_KEY = "wmgym"
 
-SMALL_HEAD = HeadConfig(context=128, embed=64, width=256, depth=4, heads=4, dropout=0.0)
+SMALL_HEAD = HeadConfig(context=256, embed=32, width=192, depth=3, heads=6, dropout=0.0)
+SMALL_CHAIN = ChainConfig(steps=5)
 
 
 class Observation(TypedDict):
@@ -60,7 +61,7 @@ class PolicyConfig:
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = SMALL_HEAD
-    chain: ChainConfig = field(default_factory=ChainConfig)
+    chain: ChainConfig = SMALL_CHAIN
 
     def __post_init__(self) -> None:
         if self.head.context != self.encoder.width:
@@ -298,9 +299,11 @@ def policy_folder(policy: str | Path) -> Path:
 
 
 def _read_shape(shape: dict[str, Any]) -> PolicyConfig:
-    head = shape["head"]
+    encoder, head = shape["encoder"], shape["head"]
     return PolicyConfig(
-        encoder=EncoderConfig(**shape["encoder"]),
+        encoder=EncoderConfig(
+            **{**encoder, "widths": tuple(encoder["widths"]), "blocks": tuple(encoder["blocks"])}
+        ),
         head=HeadConfig(**{**head, "sigma": tuple(head["sigma"])}),
         chain=ChainConfig(**shape["chain"]),
     )

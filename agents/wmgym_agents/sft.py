@@ -10,7 +10,6 @@ goes on to the same numbers.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -32,17 +31,14 @@ from wmgym.training import (
     Log,
     Run,
     adamw,
-    check_finite,
     check_validation_states,
+    seed_of,
     settings_of,
     split_caches,
-    update_average,
     warmup_cosine,
 )
 from wmgym_agents.augment import random_view
 from wmgym_agents.policy import FlowVLA, PolicyConfig
-
-logger = logging.getLogger(__name__)
 
 PolicyRun = Run[FlowVLA]
 
@@ -220,9 +216,7 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             accepts=usable,
         )
         checkpoint = config.out / "checkpoint.pt"
-        if checkpoint.exists():
-            run.load(checkpoint, here.device)
-            logger.info("going on from step %d of %s", run.step, checkpoint)
+        run.resume(checkpoint, here.device)
         objective: nn.Module = _Objective(run.model, config.draws)
         if here.size > 1:
             objective = DistributedDataParallel(objective)
@@ -263,10 +257,8 @@ def _step(
             f"batch_size={config.batch_size} is not a multiple of the {here.size} processes"
         )
     rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
     rows = examples.sampler.indices(run.step, config.batch_size)[here.rank :: here.size]
-    key = _key(config.seed, run.step, here.rank)
+    key = seed_of(config.seed, run.step, here.rank)
     generator = torch.Generator().manual_seed(key)
     pixels, proprio, instruction, actions = examples.gather(rows)
     with (
@@ -275,23 +267,12 @@ def _step(
     ):
         torch.manual_seed(key)
         loss = objective(random_view(pixels, generator), proprio, instruction, actions, generator)
-    check_finite(loss, "loss", run.step)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    check_finite(norm, "gradient", run.step)
-    run.optimizer.step()
-    run.step += 1
-    update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     return {
         "flow_loss": float(here.mean(loss.detach())),
         "gradient_norm": float(norm),
         "learning_rate": rate,
     }
-
-
-def _key(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _keep(config: SFTConfig, run: PolicyRun) -> None:

@@ -12,7 +12,7 @@ from wmgym_agents.policy import FlowVLA, PolicyConfig
 from wmgym.data.statistics import Statistics, VectorStatistics
 
 CONFIG = PolicyConfig(
-    encoder=EncoderConfig(image_size=32, width=16, blocks=1, buckets=64),
+    encoder=EncoderConfig(image_size=32, widths=(8, 16), blocks=(1, 1), buckets=64),
     head=HeadConfig(chunk=4, context=16, embed=4, width=16, depth=2, heads=2),
     chain=ChainConfig(steps=4),
 )

@@ -20,7 +20,8 @@ from wmgym.distributed import Processes
 from wmgym.worlds.checkpoints import CheckpointError
 
 CONFIG = dataclasses.replace(
-    small.CONFIG, encoder=EncoderConfig(image_size=SIZE[0], width=16, blocks=1, buckets=64)
+    small.CONFIG,
+    encoder=EncoderConfig(image_size=SIZE[0], widths=(8, 16), blocks=(1, 1), buckets=64),
 )
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -160,7 +160,7 @@ def test_initial_states_can_be_perturbed(env, monkeypatch):
     stored = initial_states("libero_object", 0).copy()
     begin(env, init_state=0)
     still = env.simulator.object_positions()
-    monkeypatch.setattr(env, "_init_state_transform", shifted)
+    monkeypatch.setattr(env, "init_state_transform", shifted)
     first = begin(env, init_state=0)
     moved = env.simulator.object_positions()
     assert 0.008 < moved["alphabet_soup_1"][0] - still["alphabet_soup_1"][0] < 0.022

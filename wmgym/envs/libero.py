@@ -35,7 +35,9 @@ from wmgym.spaces import (
 InitStateTransform = Callable[
     [Simulator, NDArray[np.float64], np.random.Generator], NDArray[np.float64]
 ]
-"""Changes an initial state `(S,)` before an episode starts from it, e.g. moves an object."""
+"""Changes an initial state `(S,)` before an episode starts from it, e.g. moves an object.
+
+Called when the fixtures are placed; it may move them, and may leave the scene in any state."""
 
 SPLITS = ("all", "train", "held_out")
 OPTIONS = ("task_id", "init_state", "fixture_seed")
@@ -66,8 +68,9 @@ class LiberoEnv(gym.Env):
             states hang in the air. 0 starts from exactly the given state.
         fast_rendering: Simplified meshes and no mirror images, see `Simulator`.
         render_mode: None or "rgb_array".
-        init_state_transform: Applied to every initial state before the scene settles; called with
-            the simulator, the state and the environment's generator.
+        init_state_transform: Applied to every initial state before the scene settles, such as a
+            `wmgym.envs.perturbations.Perturbation`; called with the simulator, the state and the
+            environment's generator.
         max_simulators: Tasks whose simulators are kept, about 0.5 GB each.
 
     Raises:
@@ -118,7 +121,7 @@ class LiberoEnv(gym.Env):
         self.metadata = {**self.metadata, "render_fps": CONTROL_HZ / (action_chunk or 1)}
         self.render_mode = render_mode
         self._fast_rendering = fast_rendering
-        self._init_state_transform = init_state_transform
+        self.init_state_transform = init_state_transform
         self._simulators: OrderedDict[int, Simulator] = OrderedDict()
         self._episode: dict[str, Any] = {}
         self._frame_index, self._running, self._warned = 0, False, False
@@ -251,9 +254,10 @@ class LiberoEnv(gym.Env):
         if not np.isfinite(state).all():
             raise ValueError("options['init_state'] contains NaN or infinity")
         simulator = self._simulator_of(task_id)
-        if self._init_state_transform is not None:
-            state = self._init_state_transform(simulator, state.copy(), self.np_random)
-        simulator.reset(state, seed=fixture_seed, settle_steps=self.settle_steps)
+        simulator.place_fixtures(fixture_seed)
+        if self.init_state_transform is not None:
+            state = self.init_state_transform(simulator, state.copy(), self.np_random)
+        simulator.begin(state, self.settle_steps)
 
     def _simulator_of(self, task_id: int) -> Simulator:
         if task_id not in self._simulators:
@@ -310,11 +314,17 @@ def _task_ids(suite: str, tasks: Sequence[int] | None) -> tuple[int, ...]:
     return ids
 
 
+def _extends(suite: str, name: str) -> bool:
+    """Whether a suite is the named one or a variant of it, as LIBERO-PRO's `libero_10_swap` is."""
+    return suite == name or suite.startswith(f"{name}_")
+
+
 def _step_limit(suite: str, max_steps: int | None) -> int:
     if max_steps is None:
-        if suite not in STEP_LIMITS:
+        limit = next((n for name, n in STEP_LIMITS.items() if _extends(suite, name)), None)
+        if limit is None:
             raise ValueError(f"suite={suite!r} has no published step limit: give max_steps")
-        return STEP_LIMITS[suite]
+        return limit
     return check_integer("max_steps", max_steps)
 
 

@@ -192,19 +192,35 @@ class Simulator:
             ValueError: The state has the wrong length for this task.
             RuntimeError: LIBERO found no collision-free placement.
         """
+        self.place_fixtures(seed)
+        self.begin(init_state, settle_steps)
+
+    def place_fixtures(self, seed: int) -> None:
+        """Draws the poses of the fixtures, as `reset` does; what else is in the scene is undefined.
+
+        Raises:
+            RuntimeError: LIBERO found no collision-free placement.
+        """
         errors = require("robosuite.utils.errors", "libero")
         with _global_numpy_seed(seed):
             for _ in range(_MAX_PLACEMENTS):
                 try:
                     self._env.reset()
-                    break
+                    return
                 except errors.RandomizationError:
                     continue
-            else:
-                raise RuntimeError(
-                    f"{self.suite} task {self.task_id}: no valid object placement in "
-                    f"{_MAX_PLACEMENTS} tries with seed {seed}; try another seed"
-                )
+        raise RuntimeError(
+            f"{self.suite} task {self.task_id}: no valid object placement in "
+            f"{_MAX_PLACEMENTS} tries with seed {seed}; try another seed"
+        )
+
+    def begin(self, init_state: NDArray[np.float64], settle_steps: int = SETTLE_STEPS) -> None:
+        """Puts the scene into an initial state, under the fixtures that are there, and settles.
+
+        Raises:
+            ValueError: The state has the wrong length for this task.
+        """
+        self.data.qacc_warmstart[:] = 0
         self._put(init_state)
         self.gripper_command = 0.0
         for _ in range(settle_steps):
@@ -303,8 +319,55 @@ class Simulator:
             ]
         return poses
 
+    def move_fixture(self, name: str, offset: NDArray[np.float64]) -> None:
+        """Moves a fixture by `offset` `(3,)` metres, until fixtures are placed anew."""
+        self.model.body_pos[self._fixture_body(name)] += offset
+
     def _fixture_body(self, name: str) -> int:
         return int(self._env.sim.model.body_name2id(self._env.fixtures_dict[name].root_body))
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of the movable objects."""
+        return tuple(self._env.objects_dict)
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """Names of the movable objects and of the fixtures."""
+        return (*self._env.objects_dict, *self._env.fixtures_dict)
+
+    def goal(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the task moves, and where to: names of objects and fixtures, in the task's order."""
+        parts: tuple[list[str], list[str]] = ([], [])
+        for _, *arguments in self._env.parsed_problem["goal_state"]:
+            for part, argument in zip(parts, arguments, strict=False):
+                part.extend(name for name in self.things if argument.startswith(name))
+        moved, places = (tuple(dict.fromkeys(part)) for part in parts)
+        return moved, places
+
+    def joint_columns(self, name: str) -> slice:
+        """Where the position (3, m) and quaternion (4) of a movable object are in a state."""
+        joint = self._env.objects_dict[name].joints[0]
+        first = 1 + int(self._env.sim.model.get_joint_qpos_addr(joint)[0])
+        return slice(first, first + 7)
+
+    def contacts(self) -> set[frozenset[str]]:
+        """Pairs of objects and fixtures that touch now, by name."""
+        model = self._env.sim.model
+        things = {**self._env.objects_dict, **self._env.fixtures_dict}
+        names = {int(model.body_name2id(o.root_body)): n for n, o in things.items()}
+        pairs = set()
+        for contact in self.data.contact:
+            found = set()
+            for geom in (contact.geom1, contact.geom2):
+                body = int(self.model.geom_bodyid[geom])
+                while body and body not in names:
+                    body = int(self.model.body_parentid[body])
+                if body:
+                    found.add(names[body])
+            if len(found) == 2:
+                pairs.add(frozenset(found))
+        return pairs
 
     def object_positions(self) -> dict[str, NDArray[np.float64]]:
         """World position `(3,)` in metres of every movable object, by name."""

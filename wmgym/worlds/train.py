@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -34,11 +33,9 @@ from wmgym.training import (
     Log,
     Run,
     adamw,
-    check_finite,
     check_validation_states,
     settings_of,
     split_caches,
-    update_average,
     warmup_cosine,
 )
 from wmgym.worlds.batches import Windows, go_on
@@ -48,8 +45,6 @@ from wmgym.worlds.film import film
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.objective import LossWeights, Objective
-
-logger = logging.getLogger(__name__)
 
 WorldRun = Run[LatentWorldModel]
 
@@ -213,9 +208,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         )
         run = new_run(config, train_cache, here.device)
         checkpoint = config.out / "checkpoint.pt"
-        if checkpoint.exists():
-            run.load(checkpoint, here.device)
-            logger.info("going on from step %d of %s", run.step, checkpoint)
+        run.resume(checkpoint, here.device)
         lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
         objective: nn.Module = Objective(run.model, config.loss, lpips, here.mean)
         if here.size > 1:
@@ -266,19 +259,10 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
     rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
     lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss, terms = objective(go_on(run.average, batch))
-    check_finite(loss, "loss", run.step)  # PyTorch's grid_sample crashes going back from NaN
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    check_finite(norm, "gradient", run.step)
-    run.optimizer.step()
-    run.step += 1
-    update_average(run.average, run.model, min(config.ema, run.step / (run.step + 10)))
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}
