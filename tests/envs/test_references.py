@@ -181,7 +181,7 @@ def test_reward_function_sees_everything():
         assert inputs.rows.tolist() == [0, 1, 2, 3]
     bad = make(1, reward=lambda inputs: torch.zeros(1))
     bad.reset(seed=0)
-    with pytest.raises(ValueError, match=r"shape \(1,\), expected \(n, T\) = \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"shape \(1,\), expected \(n, F\) = \(1, 1\)"):
         bad.step(np.zeros((1, 7), np.float32))
 
 

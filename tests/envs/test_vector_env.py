@@ -320,6 +320,44 @@ def test_success_terminates_alone_but_not_in_groups():
     assert infos["success"].tolist() == [True, False]
 
 
+@pytest.mark.parametrize("reward", ["R1", "R2", "R3", pixel_reward])
+def test_rewarding_every_second_frame(reward):
+    whole, half = (
+        make(4, action_chunk=4, horizon=8, group_size=2, reward=reward, reward_every=every)
+        for every in (1, 2)
+    )
+    one, other = (env.reset(seed=0) for env in (whole, half))
+    assert_equal(one, other)
+    for t in range(2):
+        actions = actions_of(whole, t)
+        seen, _, _, ended, infos = whole.step(actions)
+        seen_half, rewards, _, ended_half, infos_half = half.step(actions)
+        assert_equal((seen, ended), (seen_half, ended_half))
+        assert_equal(infos["frame_index"], infos_half["frame_index"])
+        frames, seconds = whole.last_step.frames[:, 1::2], half.last_step.frames
+        assert torch.equal(frames, seconds)
+        if reward is pixel_reward:
+            expected = (
+                -(frames - whole.last_step.reference_frames[:, 1::2]).abs().mean((1, 2, 3, 4))
+            )
+            np.testing.assert_allclose(rewards, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"action_chunk": 3}, {"action_chunk": 4, "horizon": 6}])
+def test_what_is_rewarded_must_fit_the_chunk(sizes):
+    with pytest.raises(ValueError, match="must be multiples of it"):
+        make(4, **({"horizon": 12} | sizes), reward_every=4)
+
+
+def test_rewarding_some_frames_ends_at_one_of_them():
+    env = make(1, action_chunk=4, horizon=8, reward_every=4, starts="episodes")
+    env.reset(options={"episode_id": 2, "frame_index": 18 - 1 - 7})
+    env.step(actions_of(env))
+    assert env.starts[0].steps == 4
+    with pytest.raises(ValueError, match=r"0 to 13 are allowed"):
+        env.reset(options={"episode_id": 2, "frame_index": 14})
+
+
 def test_success_within_a_chunk_cuts_it():
     kwargs = {"world": ToyWorld(success_at=0.65), "starts": "episodes", "horizon": 8}
     push = np.zeros((1, 4, 7), np.float32)
@@ -622,7 +660,7 @@ def test_objects_of_wrong_type():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (np.zeros((4, 1)), r"numpy.ndarray'>, expected \(n, T\) = \(4, 1\) in a tensor"),
+        (np.zeros((4, 1)), r"numpy.ndarray'>, expected \(n, F\) = \(4, 1\) in a tensor"),
         (0.5, "returned <class 'float'>, expected"),
         ((0.5, 0.5), "returned <class 'tuple'>, expected"),
         (torch.full((4, 1), torch.nan), "returned NaN or infinity"),

@@ -81,6 +81,19 @@ def test_chunking_changes_nothing_even_past_the_horizon(exact, chunks):
     assert_close(parts[0], whole[0], 1e-5)
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_leaving_out_frames_changes_nothing_else(world, every):
+    frames, proprio, actions = tiny.rows(6, 2 * world.horizon)
+    state = world.start(frames, proprio)
+    after, seen = world.step(state, actions)
+    after_few, few = world.step(state, actions, every=every)
+    assert_same(after, after_few)
+    assert torch.equal(few.frames, seen.frames[:, every - 1 :: every])
+    assert torch.equal(few.proprio, seen.proprio)
+    with pytest.raises(ValueError, match="must be multiples of it"):
+        world.step(state, actions[:, :1], every=every)
+
+
 def test_after_the_horizon_the_last_imagined_frame_is_the_context(exact):
     frames, proprio, actions = tiny.rows(2, 2 * tiny.HORIZON)
     _, whole = imagine(exact, frames, proprio, actions)

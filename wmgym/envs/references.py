@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wmgym.envs.cache import ByteCache
 from wmgym.rewards.verified import Reference
-from wmgym.worlds.world import World, WorldState
+from wmgym.worlds.world import World, WorldState, step_world
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class ReferenceBranches:
         world: The frozen world.
         encode: Turns frames `(n, T, 3, H, W)` into what the reward compares with.
         cache: Keeps chunks of branches.
+        every: Control steps between the frames that are compared.
     """
 
     def __init__(
-        self, world: World, encode: Callable[[Tensor], Reference], cache: ByteCache
+        self, world: World, encode: Callable[[Tensor], Reference], cache: ByteCache, every: int = 1
     ) -> None:
         self._world = world
+        self._every = every
         self._encode = encode
         self._cache = cache
 
@@ -82,7 +84,7 @@ class ReferenceBranches:
         if len(rows) < len(actions):
             index = torch.tensor(rows, device=actions.device)
             state, actions = self._world.select(state, index), actions[index]
-        after, prediction = self._world.step(state, actions)
+        after, prediction = step_world(self._world, state, actions, self._every)
         return BranchChunk(after, self._encode(prediction.frames))
 
 

@@ -21,17 +21,32 @@ from wmgym.envs.state import EnvState
 from wmgym.spaces import check_integer
 
 OPTIONS = ("episode_id", "frame_index", "reset_mask")
-SETTINGS = ("num_envs", "group_size", "horizon", "action_chunk", "world", "dataset", "references")
+SETTINGS = (
+    "num_envs",
+    "group_size",
+    "horizon",
+    "action_chunk",
+    "reward_every",
+    "world",
+    "dataset",
+    "references",
+)
 """What a snapshot must agree in with the environment that restores it."""
 
 
 def check_sizes(
-    num_envs: int, group_size: int, horizon: int, max_episode_steps: int | None, cache_mb: float
+    num_envs: int,
+    group_size: int,
+    horizon: int,
+    max_episode_steps: int | None,
+    cache_mb: float,
+    reward_every: int,
+    chunk: int,
 ) -> None:
     """Validates the numbers an environment is made with.
 
     Raises:
-        ValueError: One is no integer or too small, or `num_envs` no multiple of `group_size`.
+        ValueError: One is no integer or too small, or no multiple of what it must be one of.
     """
     check_integer("num_envs", num_envs)
     check_integer("group_size", group_size)
@@ -41,6 +56,12 @@ def check_sizes(
         raise ValueError(
             f"num_envs={num_envs}, group_size={group_size}: num_envs must be a multiple of "
             "group_size"
+        )
+    check_integer("reward_every", reward_every)
+    if chunk % reward_every or horizon % reward_every:
+        raise ValueError(
+            f"reward_every={reward_every}: action_chunk={chunk} and horizon={horizon} must be "
+            "multiples of it"
         )
     if not isinstance(cache_mb, Real) or not 0 <= cache_mb < math.inf:
         raise ValueError(f"cache_mb={cache_mb!r}: expected a number of megabytes >= 0")

@@ -24,7 +24,7 @@ from wmgym.envs.scoring import RewardInputs, Scorer
 from wmgym.envs.starts import Start
 from wmgym.envs.state import EnvState
 from wmgym.rewards.verified import Reference
-from wmgym.worlds.world import Prediction, World, WorldState
+from wmgym.worlds.world import Prediction, World, WorldState, step_world
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,24 @@ class Rollout:
         cache: Keeps reference branches.
         group_size: Rows `G` of a group.
         chunk: Control steps `T` of a chunk.
+        every: Control steps between the frames that are imagined and rewarded.
     """
 
     def __init__(
-        self, world: World, scorer: Scorer, cache: ByteCache, group_size: int, chunk: int
+        self,
+        world: World,
+        scorer: Scorer,
+        cache: ByteCache,
+        group_size: int,
+        chunk: int,
+        every: int = 1,
     ) -> None:
         self.world = world
         self.scorer = scorer
         self.group_size = group_size
         self.chunk = chunk
-        self._branches = ReferenceBranches(world, scorer.encode, cache)
+        self.every = every
+        self._branches = ReferenceBranches(world, scorer.encode, cache, every)
 
     @torch.no_grad()
     def begin(self, starts: Sequence[Start], rngs: Sequence[np.random.Generator]) -> EnvState:
@@ -99,35 +107,37 @@ class Rollout:
             actions: `(B, T, 7)` in [-1, 1], on the world's device.
             rows: `(B,)` names of the environments, passed on to the reward.
         """
-        world, seen = self.world.step(state.world, actions)
+        world, seen = step_world(self.world, state.world, actions, self.every)
         limit = np.array([s.steps for s in state.starts]) - state.elapsed
         counted = np.repeat(np.minimum(limit, self.chunk), self.group_size)
         success = _success(seen, counted)
         terminated: NDArray[np.bool_] = np.zeros(len(actions), np.bool_)
         if success is not None and self.group_size == 1:
             terminated = np.asarray(success.any(1))
-            counted = np.where(terminated, success.argmax(1) + 1, counted)
+            solved = (success.argmax(1) // self.every + 1) * self.every
+            counted = np.where(terminated, solved, counted)
         elapsed = state.elapsed + counted[:: self.group_size]
         truncated = np.repeat(limit <= self.chunk, self.group_size) & ~terminated
 
         branch, inputs, reference = self._compare(state, seen, actions, counted, rows)
         rewards, terms = self.scorer(inputs, reference, self._members(len(state.starts)))
         last = torch.from_numpy(counted - 1).to(actions.device)
+        shown = (last + 1) // self.every - 1
         each = torch.arange(len(actions), device=actions.device)
         after = EnvState(
             world=world,
             reference=branch,
-            images=_to_images(seen.frames[each, last]),
+            images=_to_images(seen.frames[each, shown]),
             proprio=seen.proprio[each, last].float(),
-            targets=self._targets(inputs, state.starts, elapsed, last),
+            targets=self._targets(inputs, state.starts, elapsed, shown),
             starts=list(state.starts),
             elapsed=elapsed,
             ended=(terminated | truncated)[:: self.group_size],
             rngs=list(state.rngs),
         )
         return after, Outcome(
-            rewards=_mean(rewards, inputs.valid),
-            terms={name: _mean(term, inputs.valid) for name, term in terms.items()},
+            rewards=self._mean(rewards, counted),
+            terms={name: self._mean(term, counted) for name, term in terms.items()},
             terminated=terminated,
             truncated=truncated,
             success=None if success is None else np.asarray(success.any(1)),
@@ -177,7 +187,7 @@ class Rollout:
             reference_actions=recorded_actions[members],
             recorded_frames=None if recorded is None else recorded[members],
             reference_frames=None if imagined is None else imagined[members],
-            valid=torch.from_numpy(np.arange(self.chunk) < counted[:, None]).to(device),
+            valid=torch.from_numpy(self._frame_steps() < counted[:, None]).to(device),
             rows=rows,
         )
         return branch, inputs, reference
@@ -187,8 +197,8 @@ class Rollout:
         return np.stack([s.actions[e : e + self.chunk] for s, e in pairs])
 
     def _recorded_frames(self, state: EnvState) -> Tensor:
-        """`(N, T, 3, H, W)`; beyond the episode's end its last frame repeated."""
-        steps = np.arange(self.chunk)
+        """`(N, F, 3, H, W)`; beyond the episode's end its last frame repeated."""
+        steps = self._frame_steps()
         pairs = zip(state.starts, state.elapsed, strict=True)
         images = np.stack([s.images[np.minimum(e + steps, s.steps - 1)] for s, e in pairs])
         return _to_frames(torch.from_numpy(images).to(self.world.device))
@@ -203,6 +213,20 @@ class Rollout:
         of_group = torch.arange(0, len(last), self.group_size, device=last.device)
         return _to_images(inputs.reference_frames[of_group, last[of_group]])
 
+    def _mean(self, values: Tensor, counted: NDArray[np.int64]) -> Tensor:
+        """Means `(B,)` over what counts of `(B, T)` or `(B, F)`, summed in order: for any `B`."""
+        step = self.chunk // values.shape[1]
+        last = np.arange(step - 1, self.chunk, step)
+        valid = torch.from_numpy(last < counted[:, None]).to(values.device)
+        total = torch.zeros_like(values[:, 0])
+        for value, keep in zip(values.unbind(1), valid.unbind(1), strict=True):
+            total = torch.where(keep, total + value, total)
+        return total / valid.sum(1)
+
+    def _frame_steps(self) -> NDArray[np.int64]:
+        """`(F,)`: the control steps of a chunk, from 0, after which there is a frame."""
+        return np.arange(self.every - 1, self.chunk, self.every)
+
     def _members(self, groups: int) -> Tensor:
         """`(N * G,)`: the group of every row."""
         return torch.arange(groups, device=self.world.device).repeat_interleave(self.group_size)
@@ -214,14 +238,6 @@ def _success(seen: Prediction, counted: NDArray[np.int64]) -> NDArray[np.bool_] 
         return None
     steps = np.arange(seen.success.shape[1])
     return seen.success.cpu().numpy() & (steps < counted[:, None])
-
-
-def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Means `(B,)` of `(B, T)` over valid steps, summed step by step: the same for any `B`."""
-    total = torch.zeros_like(values[:, 0])
-    for value, keep in zip(values.unbind(1), valid.unbind(1), strict=True):
-        total = torch.where(keep, total + value, total)
-    return total / valid.sum(1)
 
 
 def _to_frames(images: Tensor) -> Tensor:

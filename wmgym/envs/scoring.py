@@ -32,16 +32,18 @@ KINDS: dict[str, RewardKind] = {kind: kind for kind in get_args(RewardKind)}
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """One chunk of `n` environments, on the world's device; frames `(n, T, 3, H, W)` in [0, 1].
+    """One chunk of `n` environments, on the world's device; frames `(n, F, 3, H, W)` in [0, 1].
+
+    `F` is `T`, or `T / reward_every` where the environment rewards only some frames.
 
     Attributes:
-        frames: Imagined frames; frame `t` follows action `t`.
+        frames: Imagined frames; frame `t` follows action `t`, or the last of its `reward_every`.
         proprio: `(n, T, 8)` imagined.
         actions: `(n, T, 7)` given.
         reference_actions: `(n, T, 7)` recorded.
         recorded_frames: Recorded frames, None under R1 and R3.
         reference_frames: Frames imagined under the recorded actions, None under R1 and R2.
-        valid: `(n, T)` bool, the control steps before the episode's end; others count for nothing.
+        valid: `(n, F)` bool, the frames before the episode's end; others count for nothing.
         rows: `(n,)` the environments these are.
     """
 
@@ -56,7 +58,7 @@ class RewardInputs:
 
 
 RewardFunction = Callable[[RewardInputs], Tensor]
-"""`(n, T)` rewards, one per control step; gets recorded and reference frames both."""
+"""`(n, F)` rewards, one per frame; gets recorded and reference frames both."""
 
 
 class Scorer:
@@ -141,7 +143,7 @@ class Scorer:
                 f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards)
             )
             raise ValueError(
-                f"the reward function returned {given}, expected (n, T) = {tuple(valid.shape)} in "
+                f"the reward function returned {given}, expected (n, F) = {tuple(valid.shape)} in "
                 "a tensor"
             )
         rewards = rewards.to(valid.device, torch.float32)

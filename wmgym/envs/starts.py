@@ -82,6 +82,7 @@ class StartStates:
         context: Context frames `C` of the world.
         image_size: `(H, W)` of the world, to which recorded images are resized.
         cache: Keeps what was read.
+        every: Imagined episodes last for a multiple of so many control steps.
 
     Attributes:
         episodes: The eligible episodes.
@@ -104,6 +105,7 @@ class StartStates:
         context: int,
         image_size: tuple[int, int],
         cache: ByteCache,
+        every: int = 1,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: allowed are {', '.join(map(repr, SPLITS))}")
@@ -111,6 +113,7 @@ class StartStates:
             raise ValueError(f"starts={starts!r}: allowed are 'frames', 'episodes' or a function")
         self._dataset = dataset
         self._kind = starts
+        self._every = every
         self._horizon = horizon
         self._padded = -(-horizon // chunk) * chunk + chunk
         self._context = context
@@ -176,10 +179,11 @@ class StartStates:
                 f"episode_id={episode_id!r}: the dataset has {len(self._by_id)} episodes, ids "
                 f"{min(self._by_id)} to {max(self._by_id)}"
             )
-        if not 0 <= frame_index <= info.length - 2:
+        last = info.length - 1 - self._every
+        if not 0 <= frame_index <= last:
             raise ValueError(
                 f"frame_index={frame_index!r}: episode {episode_id} has {info.length} steps, so "
-                f"0 to {info.length - 2} are allowed (one recorded step must follow)"
+                f"0 to {last} are allowed (recorded steps that must follow: {self._every})"
             )
         return int(episode_id), int(frame_index)
 
@@ -195,6 +199,7 @@ class StartStates:
     def _read(self, episode_id: int, f: int) -> Start:
         info = self._by_id[episode_id]
         steps = min(self._horizon, info.length - 1 - f)
+        steps -= steps % self._every
         first = max(0, f - self._context + 1)
         piece = self._dataset.read(episode_id, first, min(info.length, f + self._padded))
         images = resize(piece.images, self._image_size)

@@ -78,6 +78,8 @@ class WorldModelVectorEnv(VectorEnv):
         dataset: Folder of a LeRobot dataset or a `Dataset`; None for the shipped one of `suite`.
         max_episode_steps: A further bound on the episode, in environment steps.
         cache_mb: Megabytes for starts and reference branches that come up again; 0 keeps none.
+        reward_every: Control steps between the frames that are drawn and rewarded, of which
+            `action_chunk` and `horizon` are multiples: 4 imagines a chunk of 8 three times as fast.
 
     Attributes:
         world: The world.
@@ -120,12 +122,15 @@ class WorldModelVectorEnv(VectorEnv):
         dataset: str | os.PathLike[str] | Dataset | None = None,
         max_episode_steps: int | None = None,
         cache_mb: float = 256,
+        reward_every: int = 1,
     ) -> None:
-        requests.check_sizes(num_envs, group_size, horizon, max_episode_steps, cache_mb)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: allowed are None and 'rgb_array'")
         self.single_action_space = action_space(action_chunk)
-        self._chunk = action_chunk or 1
+        self._chunk = chunk = action_chunk or 1
+        requests.check_sizes(
+            num_envs, group_size, horizon, max_episode_steps, cache_mb, reward_every, chunk
+        )
         if max_episode_steps is not None:
             horizon = min(horizon, max_episode_steps * self._chunk)
 
@@ -153,10 +158,13 @@ class WorldModelVectorEnv(VectorEnv):
             context=self.world.context,
             image_size=self.world.image_size,
             cache=self._cache,
+            every=reward_every,
         )
         scorer = Scorer(reward, reward_weights, self.world.device, DTYPES[dtype], lpips_net)
-        self._rollout = Rollout(self.world, scorer, self._cache, group_size, self._chunk)
-        sizes = (num_envs, group_size, horizon, self._chunk)
+        self._rollout = Rollout(
+            self.world, scorer, self._cache, group_size, self._chunk, reward_every
+        )
+        sizes = (num_envs, group_size, horizon, self._chunk, reward_every)
         known = (self.world.name, tuple(self.world.image_size), self.world.context)
         references = "imagined" if scorer.imagined else "recorded"
         self._settings = (*sizes, known, self._source.digest, references)

@@ -178,19 +178,32 @@ class LatentWorld:
         )
 
     @torch.no_grad()
-    def step(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
-        """Advances every row by `T` control steps, `actions` `(B, T, 7)`."""
+    def step(
+        self, state: LatentState, actions: Tensor, every: int = 1
+    ) -> tuple[LatentState, Prediction]:
+        """Advances every row by `T` control steps, `actions` `(B, T, 7)`; see `World.step`.
+
+        Raises:
+            ValueError: Shapes do not fit, or `every` would leave out a frame that is needed later.
+        """
         expected = (len(state), *actions.shape[1:2], ACTION_DIM)
         if actions.shape != expected or actions.shape[1] < 1:
             raise ValueError(
                 f"actions have shape {tuple(actions.shape)}, "
                 f"expected ({len(state)}, T, {ACTION_DIM}), T >= 1"
             )
+        if actions.shape[1] % every or self.horizon % every or bool((state.steps % every).any()):
+            raise ValueError(
+                f"every={every}: the {actions.shape[1]} steps, those taken before and the horizon "
+                f"of {self.horizon} must be multiples of it"
+            )
         actions = actions.to(self.device, torch.float32)
         groups = [(state.steps == k).nonzero()[:, 0] for k in state.steps.unique()]
         if len(groups) == 1:
-            return self._step_together(state, actions)
-        parts = [self._step_together(select_rows(state, rows), actions[rows]) for rows in groups]
+            return self._step_together(state, actions, every)
+        parts = [
+            self._step_together(select_rows(state, rows), actions[rows], every) for rows in groups
+        ]
         back = torch.cat(groups).argsort()
         joined = {
             name: torch.cat([part.tensors()[name] for part, _ in parts])[back]
@@ -201,7 +214,9 @@ class LatentWorld:
             proprio=torch.cat([p.proprio for _, p in parts])[back],
         )
 
-    def _step_together(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
+    def _step_together(
+        self, state: LatentState, actions: Tensor, every: int
+    ) -> tuple[LatentState, Prediction]:
         """Steps rows that have taken equally many steps, so that all need a new context at once."""
         predictions: list[Prediction] = []
         taken, done = int(state.steps[0]), 0
@@ -209,7 +224,7 @@ class LatentWorld:
             if taken == self.horizon:
                 state, taken = self._anchor(state.last_frame, state.last_proprio), 0
             now = actions[:, done : done + self.horizon - taken]
-            state, prediction = self._advance(state, now)
+            state, prediction = self._advance(state, now, every)
             predictions.append(prediction)
             done, taken = done + now.shape[1], taken + now.shape[1]
         return state, Prediction(
@@ -248,13 +263,15 @@ class LatentWorld:
         """Rows `index` `(N,)` of a state, repeats allowed."""
         return select_rows(state, index)
 
-    def _advance(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Prediction]:
+    def _advance(
+        self, state: LatentState, actions: Tensor, every: int
+    ) -> tuple[LatentState, Prediction]:
         """`T` steps that fit into every row's horizon."""
         batch, count, _ = actions.shape
         slots = state.steps[:, None] + torch.arange(count, device=self.device)
         taken = state.actions.scatter(1, slots[:, :, None].expand(-1, -1, ACTION_DIM), actions)
         parts = [
-            self._predict(select_rows(state, rows), taken[rows], slots[rows])
+            self._predict(select_rows(state, rows), taken[rows], slots[rows], every)
             for rows in torch.arange(batch, device=self.device).split(_ROWS_PER_PASS)
         ]
         frames = torch.cat([p.frames for p in parts])
@@ -272,19 +289,22 @@ class LatentWorld:
         )
         return advanced, Prediction(frames=frames, proprio=proprio)
 
-    def _predict(self, state: LatentState, actions: Tensor, slots: Tensor) -> Prediction:
-        """Frames and proprioception after the actions in `slots` `(b, T)`."""
-        batch, count = slots.shape
+    def _predict(
+        self, state: LatentState, actions: Tensor, slots: Tensor, every: int
+    ) -> Prediction:
+        """Proprioception after the actions in `slots` `(b, T)`, frames after some of them."""
+        batch, drawn = len(slots), slots[:, every - 1 :: every]
+        count = drawn.shape[1]
         if batch % _ROWS_FILLED_TO:
             rows = self._filled(batch)
-            filled = self._predict(select_rows(state, rows), actions[rows], slots[rows])
+            filled = self._predict(select_rows(state, rows), actions[rows], slots[rows], every)
             return Prediction(filled.frames[:batch], filled.proprio[:batch])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             latents, proprio = self.model.dynamics(state.coarse, state.proprio, actions)
             rows = torch.arange(batch, device=self.device)[:, None]
             frames = self.model.tokenizer.decode(
-                latents[rows, slots].flatten(0, 1),
-                self._pose(state.proprio[:, -1], proprio[rows, slots]),
+                latents[rows, drawn].flatten(0, 1),
+                self._pose(state.proprio[:, -1], proprio[rows, drawn]),
                 Features(state.fine, state.coarse).repeat(count),
                 state.frame.repeat_interleave(count, 0),
             )

@@ -12,6 +12,7 @@ proprioception `(..., 8)` as in `wmgym.spaces`, actions `(..., 7)` in [-1, 1].
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -41,7 +42,8 @@ class Prediction:
     """What a world imagines for `T` control steps.
 
     Attributes:
-        frames: `(B, T, 3, H, W)` float32 in [0, 1]; frame `t` follows action `t`.
+        frames: `(B, T, 3, H, W)` float32 in [0, 1]; frame `t` follows action `t`. Where only every
+            `n`-th was asked for, `(B, T / n, 3, H, W)`.
         proprio: `(B, T, 8)` float32, in the units of `wmgym.spaces`.
         success: `(B, T)` bool if the world predicts task success, else None.
     """
@@ -81,6 +83,9 @@ class World(Protocol[StateT]):
     def step(self, state: StateT, actions: Tensor) -> tuple[StateT, Prediction]:
         """Advances every row by `T` control steps.
 
+        A world that can leave out frames takes a third argument, `every`, and returns those after
+        every so many actions alone; the state after is the same.
+
         Args:
             state: What `start`, `step` or `select` returned.
             actions: `(B, T, 7)` in [-1, 1].
@@ -90,6 +95,18 @@ class World(Protocol[StateT]):
     def select(self, state: StateT, index: Tensor) -> StateT:
         """Rows `index` `(N,)` of a state, repeats allowed."""
         ...
+
+
+def step_world(
+    world: World[StateT], state: StateT, actions: Tensor, every: int
+) -> tuple[StateT, Prediction]:
+    """`world.step`, with the frames after every so many actions: those alone, if it can."""
+    if every == 1:
+        return world.step(state, actions)
+    if "every" in inspect.signature(world.step).parameters:
+        return world.step(state, actions, every=every)  # type: ignore[call-arg]
+    after, seen = world.step(state, actions)
+    return after, dataclasses.replace(seen, frames=seen.frames[:, every - 1 :: every])
 
 
 def select_rows(state: StateT, index: Tensor) -> StateT:
