@@ -14,11 +14,12 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from wmgym.data import FrameCache, LeRobotDataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
@@ -36,14 +37,14 @@ class Run(Generic[ModelT]):
 
     Attributes:
         model: What is trained.
-        average: Exponential moving average of its weights.
+        average: Exponential moving average of its weights, if it has one.
         optimizer: The optimizer.
         settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
     """
 
     model: ModelT
-    average: ModelT
+    average: ModelT | None
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     step: int = 0
@@ -52,7 +53,7 @@ class Run(Generic[ModelT]):
         """Writes a checkpoint, entirely or not at all."""
         state = {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "settings": json.dumps(self.settings),
@@ -91,8 +92,14 @@ class Run(Generic[ModelT]):
         check_finite(norm, "gradient", self.step)
         self.optimizer.step()
         self.step += 1
-        update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
+        if self.average is not None:
+            update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
         return norm
+
+    @property
+    def kept(self) -> ModelT:
+        """The weights that a run is for: the average, or the model where there is none."""
+        return self.model if self.average is None else self.average
 
     def load(self, path: Path, device: torch.device) -> None:
         """Goes back to a checkpoint.
@@ -114,12 +121,19 @@ class Run(Generic[ModelT]):
                     "old ones, choose another folder, or remove it to start anew"
                 )
             self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
         except CheckpointError:
             raise
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             reason = f"{error}".partition("\n")[0] or type(error).__name__
             raise CheckpointError(
                 f"{path} is damaged, or of another shape ({reason}); remove it to start anew"
@@ -249,10 +263,24 @@ def split_caches(
 
 
 class Log:
-    """Figures to `log.jsonl`, and to TensorBoard where it is installed."""
+    """Figures to `log.jsonl`, to TensorBoard where it is installed, and a progress bar on stderr.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Goes on after step `step`; what a killed run logged beyond it is dropped."""
+    Args:
+        folder: Folder of the run.
+        step: Goes on after this step; what a killed run logged beyond it is dropped.
+        steps: Steps of the whole run.
+        here: The processes of the run; only the main one writes.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, steps: int, here: Processes, *, progress: bool
+    ) -> None:
+        self._bar = tqdm(total=steps, initial=step, disable=not (progress and here.main))
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not here.main:
+            return
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -263,21 +291,38 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board: Any = SummaryWriter(str(folder), purge_step=step + 1)
+            self._board = SummaryWriter(str(folder), purge_step=step + 1)
         except ImportError:
-            self._board = None
             logger.info("no TensorBoard log: pip install 'wmgym[train]'")
+
+    def __enter__(self) -> Log:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes the files and the bar."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self, **shown: float) -> None:
+        """One step further on the progress bar, with some figures beside it."""
+        self._bar.update()
+        self._bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if not self._bar.disable:
+            self._bar.write(text)
 
     def write(self, step: int, group: str, figures: dict[str, float]) -> None:
         """Writes figures of a group, such as "train", at a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()

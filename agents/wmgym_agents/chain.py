@@ -5,7 +5,8 @@ of. RL needs one, so noise is added while denoising, and the chain `x_0 ... x_K`
 chain with Gaussian steps whose log-density is exact. Two ways:
 
 * `sigma_net` (VLA-RFT, arXiv 2510.00406, section 3.3; ReinFlow, arXiv 2505.22094): every step is
-  noisy, `x_{k+1} ~ N(x_k - u dt, sigma(x_k, t_k)^2)`, with a learned and bounded sigma;
+  noisy, `x_{k+1} ~ N(x_k - u dt, sigma(x_k, t_k)^2)`, with a learned and bounded sigma, of a
+  network of its own; or, `noise_head`, of a linear layer on the flow head;
 * `flow_sde` (Flow-GRPO, arXiv 2505.05470): one step, drawn anew for every start, is a step of the
   stochastic differential equation that has the marginals of the flow, the others are deterministic:
   `dx = (-u + g^2/2 score) dt + g dw`, `score = -(x + t u) / (1 - t)`, `g^2 = a^2 (1 - t) / t`.
@@ -28,7 +29,9 @@ from torch.distributions import Normal
 from wmgym.spaces import ACTION_DIM
 from wmgym_agents.flow_head import FlowHead
 
-Noise = Literal["none", "sigma_net", "flow_sde"]
+Noise = Literal["none", "sigma_net", "noise_head", "flow_sde"]
+NOISES: tuple[Noise, ...] = ("sigma_net", "noise_head", "flow_sde")
+"""Those under which a chain has a likelihood."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class Chain:
     Attributes:
         states: `(B, K + 1, T, 7)` from noise to normalised actions.
         random: `(B, S)` int64, numbers of the steps that were random.
+        density: `(B, T, 7)` their log-densities when they were drawn, summed over the steps.
     """
 
     states: Tensor
     random: Tensor
+    density: Tensor
 
     @property
     def actions(self) -> Tensor:
@@ -69,7 +74,7 @@ class Chain:
 
     def rows(self, index: Tensor) -> Chain:
         """Some of the chains."""
-        return Chain(self.states[index], self.random[index])
+        return Chain(self.states[index], self.random[index], self.density[index])
 
 
 def _distribution(
@@ -78,6 +83,9 @@ def _distribution(
     """Mean and log standard deviation `(B, T, 7)` of step `k` `(B,)` at `x` `(B, T, 7)`."""
     dt = 1.0 / config.steps
     t = k.to(x.dtype) * dt
+    if config.noise == "noise_head":
+        u, log_sigma = head.velocity_and_log_sigma(x, t, context, proprio)
+        return x - u.float() * dt, log_sigma
     u = head.velocity(x, t, context, proprio).float()
     if config.noise == "sigma_net":
         return x - u * dt, head.log_sigma(x, t, context, proprio).float()
@@ -87,7 +95,7 @@ def _distribution(
         drift = -u - config.sde_level**2 / (2 * at) * noise
         log_sigma = 0.5 * torch.log((1 - at) / at * dt) + math.log(config.sde_level)
         return x + drift * dt, log_sigma.expand_as(x)
-    raise ValueError(f"noise={config.noise!r} has no distribution; allowed: sigma_net, flow_sde")
+    raise ValueError(f"noise={config.noise!r} has no distribution; allowed: {NOISES}")
 
 
 @torch.no_grad()
@@ -128,12 +136,12 @@ def sample(
     if config.noise == "flow_sde":
         random = torch.stack(steps).repeat_interleave(group_size, 0)
     else:
-        every = config.steps if config.noise == "sigma_net" else 0
+        every = 0 if config.noise == "none" else config.steps
         random = torch.arange(every).expand(count, -1)
     random = random.to(context.device)
 
     x = noise[:, 0]
-    states = [x]
+    states, density = [x], torch.zeros_like(x)
     for number in range(config.steps):
         k = torch.full((count,), number, device=x.device)
         t = k.to(x.dtype) / config.steps
@@ -141,13 +149,15 @@ def sample(
         if noisy.any():
             mean, log_sigma = _distribution(head, config, x, k, context, proprio)
             drawn = mean + log_sigma.exp() * noise[:, number + 1]
+            likely = Normal(mean, log_sigma.exp()).log_prob(drawn)
+            density += torch.where(noisy[:, None, None], likely, 0.0)
         if noisy.all():
             x = drawn
         else:
             still = x - head.velocity(x, t, context, proprio).float() / config.steps
             x = torch.where(noisy[:, None, None], drawn, still) if noisy.any() else still
         states.append(x)
-    return Chain(torch.stack(states, dim=1), random)
+    return Chain(torch.stack(states, dim=1), random, density)
 
 
 def log_prob(
@@ -174,7 +184,7 @@ def log_prob(
     count, random_steps = chain.random.shape
     if not random_steps:
         raise ValueError(
-            'chains drawn with noise="none" have no likelihood: draw with "sigma_net" or "flow_sde"'
+            f'chains drawn with noise="none" have no likelihood: draw with one of {NOISES}'
         )
     rows = torch.arange(count, device=chain.random.device)[:, None]
     x = chain.states[rows, chain.random].flatten(0, 1)

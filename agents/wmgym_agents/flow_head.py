@@ -43,7 +43,7 @@ class HeadConfig:
         depth: Its blocks.
         heads: Attention heads.
         dropout: Of attention weights, in training.
-        sigma: Smallest and largest standard deviation of the sigma-net.
+        sigma: Smallest and largest standard deviation of sigma-net and noise head.
     """
 
     chunk: int = 8
@@ -189,9 +189,9 @@ class _FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.adaLN_modulation = _modulation(width, 2)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def features(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(_modulate(x, shift, scale))
+        return _modulate(x, shift, scale)
 
 
 def _step_embedding(steps: int, width: int) -> Tensor:
@@ -231,23 +231,34 @@ class FlowTransformer(nn.Module):
         Returns:
             `(B, T, 7)`.
         """
+        return self.final_layer.linear(self.features(noisy, t, context, proprio))
+
+    def features(self, noisy: Tensor, t: Tensor, context: Tensor, proprio: Tensor) -> Tensor:
+        """What the last linear layer reads, `(B, T, width)`; arguments as in `forward`."""
         context = self.context_adapter(context)
         observed = self.proprio_embedder(proprio) + context.mean(dim=1)
         condition = _serve(observed, len(noisy)) + self.t_embedder(t)
         x = self.x_embedder(noisy) + self.temp_embed
         for block in self.blocks:
             x = block(x, condition, context)
-        return self.final_layer(x, condition)
+        return self.final_layer.features(x, condition)
 
 
 class FlowHead(nn.Module):
-    """Flow head and sigma-net with the projectors they share."""
+    """Flow head and what can make it random, with the projectors they share.
+
+    `sigma_net` is the published one; `noise_head` is a linear layer beside the flow head's last
+    one, which needs no second network.
+    """
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
         self.action_head = FlowTransformer(config)
         self.sigma_net = FlowTransformer(config)
+        self.noise_head = nn.Linear(config.width, ACTION_DIM)
+        nn.init.zeros_(self.noise_head.weight)
+        nn.init.zeros_(self.noise_head.bias)
         self.noisy_action_projector = Projector(1, config.embed)
         self.proprio_projector = Projector(PROPRIO_DIM, config.embed)
 
@@ -265,6 +276,19 @@ class FlowHead(nn.Module):
     def log_sigma(self, x: Tensor, t: Tensor, context: Tensor, proprio: Tensor) -> Tensor:
         """Log standard deviation `(B, T, 7)` of a denoising step at `x`, within `config.sigma`."""
         raw = self.sigma_net(self._noisy(x), t, context, self.proprio_projector(proprio))
+        return self._bounded(raw)
+
+    def velocity_and_log_sigma(
+        self, x: Tensor, t: Tensor, context: Tensor, proprio: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`velocity`, and the log standard deviation that `noise_head` reads beside it."""
+        features = self.action_head.features(
+            self._noisy(x), t, context, self.proprio_projector(proprio)
+        )
+        u = self.action_head.final_layer.linear(features)
+        return u, self._bounded(self.noise_head(features))
+
+    def _bounded(self, raw: Tensor) -> Tensor:
         low, high = (math.log(bound) for bound in self.config.sigma)
         return low + (high - low) * (torch.tanh(raw.float()) + 1) / 2
 

@@ -14,7 +14,8 @@ that several GPUs never exchange, a first step at learning rate 0, dropout in th
 and a gate that opens imitation by the KL of that dropout (`imitation_gate=True` brings it back).
 
 With `chunks > 1` the policy goes on from its own imagined frames while the reference goes on from
-its own: what a chunk is worth is then what the whole rollout is worth.
+its own: what a chunk is worth is then what the whole rollout is worth. `reward_every` draws and
+rewards only some frames of a chunk, which on a CPU is where the time goes.
 
 A step depends on the seed, its number and the weights alone: a killed run goes on to the same
 numbers, and several processes (`torchrun`) make the numbers of one, up to rounding.
@@ -23,7 +24,6 @@ numbers, and several processes (`torchrun`) make the numbers of one, up to round
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -31,16 +31,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import wmgym
 from wmgym.distributed import Processes, processes
+from wmgym.envs.vector import WorldModelVectorEnv
 from wmgym.training import Log, Run, check_finite, seed_of, settings_of
-from wmgym_agents.chain import Chain, Noise
+from wmgym_agents.chain import NOISES, Chain, Noise
+from wmgym_agents.film import film, observation
 from wmgym_agents.objective import (
     Advantage,
     ClipConfig,
@@ -48,9 +48,10 @@ from wmgym_agents.objective import (
     kl_gate,
     policy_loss,
 )
-from wmgym_agents.policy import Encoded, FlowVLA, Observation
+from wmgym_agents.policy import Encoded, FlowVLA
 
-gym.register_envs(wmgym)
+_RATIO_TOLERANCE = 1e-5
+_FILMED = 4
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,18 @@ class GRPOConfig:
 
     Attributes:
         policy: The policy to start from: name of a shipped one, or folder.
-        out: Folder of the run: checkpoint, log, and the policy in `policy/`.
+        out: Folder of the run: checkpoint, log, films, and the policy in `policy/`.
         world: Name or folder of the frozen world.
         suite: LIBERO suite of the starts.
         tasks: Its tasks; None means all.
         dataset: Folder of the demonstrations the starts are from; None means those that ship.
         reward: "R1", "R2" or "R3".
+        reward_every: Control steps between the frames that are drawn and rewarded.
         steps: RFT steps.
         starts: Starts per step, over all processes.
         members: Chunks drawn at a start, the group.
         chunks: Chunks of a rollout.
-        noise: Where the policy is random: "sigma_net" or "flow_sde".
+        noise: Where the policy is random: "sigma_net", "noise_head" or "flow_sde".
         advantage: How a member compares with its group.
         clip: Bounds of the policy loss.
         epochs: Optimizer steps on every batch.
@@ -77,12 +79,13 @@ class GRPOConfig:
         imitation: Weight of the flow loss on the recorded chunks.
         imitation_gate: Weigh it by the measured KL as well.
         learning_rate: Of head and projectors.
-        sigma_learning_rate: Of the sigma-net.
+        sigma_learning_rate: Of sigma-net or noise head.
         warmup: Steps of linear warm-up, of the first only.
         weight_decay: Of AdamW.
         max_norm: Largest norm of the gradient, of each module for itself.
         micro_starts: Starts whose chunks are differentiated at once; bounds memory.
         save_every: Steps between checkpoints.
+        film_every: Steps between films of what is imagined from the same starts; 0 makes none.
         seed: Seed of starts and noise.
         device: "auto", "cpu" or "cuda".
         dtype: Arithmetic of the world, "float32" or "bfloat16".
@@ -95,6 +98,7 @@ class GRPOConfig:
     tasks: tuple[int, ...] | None = None
     dataset: Path | None = None
     reward: Literal["R1", "R2", "R3"] = "R3"
+    reward_every: int = 1
     steps: int = 400
     starts: int = 16
     members: int = 16
@@ -113,6 +117,7 @@ class GRPOConfig:
     max_norm: float = 1.0
     micro_starts: int = 4
     save_every: int = 10
+    film_every: int = 100
     seed: int = 0
     device: str = "auto"
     dtype: str = "bfloat16"
@@ -123,8 +128,8 @@ class GRPOConfig:
             raise ValueError(
                 "steps, starts, chunks, epochs and micro_starts must be >= 1, members >= 2"
             )
-        if self.noise not in ("sigma_net", "flow_sde"):
-            raise ValueError(f"noise={self.noise!r}: allowed are 'sigma_net' and 'flow_sde'")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise={self.noise!r}: allowed are {NOISES}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ class GRPO:
     Args:
         config: How to train.
         here: The processes of the run.
-        **env_kwargs: Further arguments of the environment, instead of those in `config`.
+        **env_kwargs: Further arguments of the environment, instead of those in `config`, such as a
+            function as `reward`.
     """
 
     def __init__(self, config: GRPOConfig, here: Processes, **env_kwargs: Any) -> None:
@@ -167,20 +173,20 @@ class GRPO:
         policy = FlowVLA.from_pretrained(config.policy).to(here.device).requires_grad_(False)
         chain = dataclasses.replace(policy.config.chain, noise=config.noise)
         policy.config = dataclasses.replace(policy.config, chain=chain)
-        self.policy, self.base = policy, copy.deepcopy(policy)
+        self.policy = policy
         self.modules = dict(policy.head.named_children())
-        if config.noise != "sigma_net":
-            del self.modules["sigma_net"]
+        for name in {"sigma_net", "noise_head"} - {config.noise}:
+            del self.modules[name]
         for module in self.modules.values():
             module.requires_grad_(True)
         policy.head.action_head.temp_embed.requires_grad_(False)
-        rates = {"sigma_net": config.sigma_learning_rate}
+        rates = dict.fromkeys(("sigma_net", "noise_head"), config.sigma_learning_rate)
         self.rates = [rates.get(name, config.learning_rate) for name in self.modules]
         optimizer = torch.optim.AdamW(
             [{"params": list(module.parameters())} for module in self.modules.values()],
             weight_decay=config.weight_decay,
         )
-        self.run = Run(policy, self.base, optimizer, settings_of(config))
+        self.run = Run(policy, None, optimizer, settings_of(config))
         self.chunk = policy.config.head.chunk
         self.groups = config.starts // here.size
         chosen = {
@@ -188,21 +194,24 @@ class GRPO:
             "suite": config.suite,
             "tasks": config.tasks,
             "reward": config.reward,
+            "reward_every": config.reward_every,
             "horizon": config.chunks * self.chunk,
             "device": str(here.device),
             "dtype": config.dtype,
         }
         if config.dataset is not None:
             chosen["dataset"] = str(config.dataset)
-        self.envs: Any = gym.make_vec(
-            "WorldModel-LIBERO-v0",
-            num_envs=self.groups * config.members,
-            group_size=config.members,
-            action_chunk=self.chunk,
-            autoreset_mode="Disabled",
-            output="torch",
+        self.env_kwargs = {
+            "action_chunk": self.chunk,
+            "autoreset_mode": "Disabled",
+            "output": "torch",
             **(chosen | env_kwargs),
-        )
+        }
+        count = self.groups * config.members
+        self.envs: Any = WorldModelVectorEnv(count, group_size=config.members, **self.env_kwargs)
+        seen, info = self.envs.reset(seed=0)
+        self.watched = observation(seen, info, config.members)
+        self.before = policy.act(self.watched, torch.Generator().manual_seed(0))
 
     def step(self) -> dict[str, float]:
         """One RFT step: rollout, advantages, update. Returns its figures."""
@@ -246,7 +255,7 @@ class GRPO:
         terms: dict[str, list[float]] = {}
         for number in range(config.chunks):
             share = config.members if number == 0 else 1
-            encoded = self.policy.encode(_observation(seen, info, share))
+            encoded = self.policy.encode(observation(seen, info, share))
             one_each = [s for s in sources for _ in range(config.members // share)]
             actions, chain = self.policy.sample(encoded, share, one_each)
             reference = torch.as_tensor(info["reference_action"], device=self.here.device)
@@ -349,12 +358,12 @@ class GRPO:
             ValueError: It does not; the message says what and why that may be.
         """
         part, _ = next(self._micro(decisions))
-        twice = [self.policy.log_prob(part.seen, part.chain)[0] for _ in range(2)]
-        error = float(((twice[1] - twice[0]).exp() - 1).abs().max())
-        if not error < 1e-5:
+        now, _ = self.policy.log_prob(part.seen, part.chain)
+        error = float(((now - part.chain.density).exp() - 1).abs().max())
+        if not error < _RATIO_TOLERANCE:
             raise ValueError(
-                f"the ratio of the policy to itself is off by {error:.2g}, allowed is 1e-5: is "
-                "something random in it, such as dropout?"
+                f"the ratio of the policy to itself is off by {error:.2g}, allowed is "
+                f"{_RATIO_TOLERANCE:g}: is something random in it, such as dropout?"
             )
         if not float(self.here.mean(rewards.std(dim=1).mean())) > 0:
             raise ValueError(
@@ -362,25 +371,16 @@ class GRPO:
                 "Is the noise 0, or does the reward not depend on the actions?"
             )
 
-    @torch.no_grad()
     def drift(self) -> float:
-        """Mean distance of the policy's chunks to the base policy's, same starts and noise."""
-        seen, info = self.envs.reset(seed=0)
-        observation = _observation(seen, info, self.config.members)
-        now, then = (
-            policy.act(observation, torch.Generator().manual_seed(0))
-            for policy in (self.policy, self.base)
-        )
-        return float(np.abs(now - then)[..., :-1].mean())
+        """Mean distance of the policy's chunks to those before the run, same starts and noise."""
+        now = self.policy.act(self.watched, torch.Generator().manual_seed(0))
+        return float(np.abs(now - self.before)[..., :-1].mean())
 
-
-def _observation(seen: dict[str, Tensor], info: dict[str, Any], every: int) -> Observation:
-    """What the policy sees in every `every`-th row of the environment."""
-    return {
-        "image": seen["image"][::every],
-        "proprio": seen["proprio"][::every],
-        "instruction": list(info["instruction"])[::every],
-    }
+    def film(self, path: Path) -> None:
+        """What the policy does in the world, from the same starts every time."""
+        kwargs = self.env_kwargs | {"reward": "R3", "reward_every": 1, "cache_mb": 0}
+        with contextlib.closing(WorldModelVectorEnv(_FILMED, **kwargs)) as envs:
+            film(self.policy, envs, path, chunks=self.config.chunks)
 
 
 def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Path:
@@ -405,20 +405,20 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         opened.callback(job.envs.close)
         run, checkpoint = job.run, config.out / "checkpoint.pt"
         run.resume(checkpoint, here.device)
-        log = None
-        if here.main:
-            log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))
-        quiet = not (progress and here.main)
-        bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
+        log = Log(config.out, run.step, config.steps, here, progress=progress)
+        opened.enter_context(log)
+        if here.main and config.film_every and run.step == 0:
+            job.film(config.out / "imagined-000000.mp4")
         while run.step < config.steps:
             figures = job.step()
-            bar.update()
-            bar.set_postfix(reward=f"{figures['reward']:.4f}")
-            save = run.step % config.save_every == 0 or run.step == config.steps
+            log.advance(reward=figures["reward"])
+            last = run.step == config.steps
+            save = run.step % config.save_every == 0 or last
             if save:
                 figures["drift"] = job.drift()
-            if log is not None:
-                log.write(run.step, "rft", figures)
+            log.write(run.step, "rft", figures)
+            if here.main and config.film_every and (run.step % config.film_every == 0 or last):
+                job.film(config.out / f"imagined-{run.step:06d}.mp4")
             if here.main and save:
                 job.policy.save_pretrained(
                     config.out / "policy",

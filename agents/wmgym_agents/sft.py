@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import wmgym
 from wmgym.data import FrameCache, LeRobotDataset, WindowSampler
@@ -158,7 +157,8 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
         average = FlowVLA(model.config, model.statistics)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    model.head.sigma_net.requires_grad_(False)  # imitation says nothing about it
+    for module in (model.head.sigma_net, model.head.noise_head):
+        module.requires_grad_(False)  # imitation says nothing about the noise
     model.to(device).train()
     average.to(device).eval()
     return Run(
@@ -223,24 +223,19 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
         chunk = run.model.config.head.chunk
         examples = Examples(train_cache, chunk, config.seed, here.device)
         held = Examples(validation_cache, chunk, config.seed, here.device)
-        log = None
-        if here.main:
-            log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))
-        quiet = not (progress and here.main)
-        bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
+        log = Log(config.out, run.step, config.steps, here, progress=progress)
+        opened.enter_context(log)
         began = time.monotonic()
         while run.step < config.steps:
             figures = _step(run, objective, examples, config, here)
-            bar.update()
+            log.advance(loss=figures["flow_loss"])
             step, last = run.step, run.step == config.steps
-            if log is not None and (step % 50 == 0 or step == 1):
+            if step % 50 == 0 or step == 1:
                 log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-                bar.set_postfix(loss=f"{figures['flow_loss']:.4f}")
-            if log is not None and (step % config.validate_every == 0 or last):
-                scores = validate(run.average, held, config)
+            if here.main and (step % config.validate_every == 0 or last):
+                scores = validate(run.kept, held, config)
                 log.write(step, "validation", scores)
-                if not quiet:
-                    bar.write(f"step {step}: {scores}")
+                log.say(f"step {step}: {scores}")
             if here.main and (step % config.save_every == 0 or last):
                 _keep(config, run)
                 run.save(checkpoint)
@@ -276,7 +271,7 @@ def _step(
 
 
 def _keep(config: SFTConfig, run: PolicyRun) -> None:
-    run.average.save_pretrained(
+    run.kept.save_pretrained(
         config.out / "policy",
         version=wmgym.__version__,
         training={**run.settings, "steps_done": run.step},

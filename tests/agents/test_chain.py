@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_flow_head import SMALL, inputs, random_head
 from torch.distributions import Normal
-from wmgym_agents.chain import Chain, ChainConfig, _distribution, log_prob, sample
+from wmgym_agents.chain import NOISES, Chain, ChainConfig, _distribution, log_prob, sample
 
-NOISY = [ChainConfig(steps=5), ChainConfig(steps=5, noise="flow_sde")]
+NOISY = [ChainConfig(steps=5, noise=noise) for noise in NOISES]
 
 
 def ids(config):
@@ -44,6 +44,7 @@ class GaussianToy:
 def test_log_prob_is_that_of_the_steps_one_by_one(config):
     head, chain, context, proprio = draw(config)
     density, entropy = log_prob(head, config, chain, context, proprio)
+    torch.testing.assert_close(chain.density, density, atol=1e-5, rtol=0)
     for row in range(12):
         seen = context[row // 4, None], proprio[row // 4, None]
         expected, randomness = torch.zeros(8, 7), torch.zeros(8, 7)
@@ -60,7 +61,7 @@ def test_log_prob_is_that_of_the_steps_one_by_one(config):
 def test_the_gradient_of_log_prob_is_that_of_finite_differences(config):
     head, chain, context, proprio = draw(config, rows=1, group_size=2)
     head.double()
-    chain = Chain(chain.states.double(), chain.random)
+    chain = Chain(chain.states.double(), chain.random, chain.density)
     seen = context.double(), proprio.double()
     weight = head.action_head.final_layer.linear.weight
 
@@ -129,7 +130,7 @@ def test_what_the_first_observations_get_does_not_depend_on_how_many_follow():
 
 
 def test_flow_sde_has_one_noisy_step_and_the_rest_follow_the_flow():
-    config = NOISY[1]
+    config = ChainConfig(steps=5, noise="flow_sde")
     head, chain, context, proprio = draw(config, rows=6, group_size=2)
     assert chain.random.shape == (12, 1)
     assert 1 <= chain.random.min() < chain.random.max() <= config.steps - 1

@@ -46,6 +46,7 @@ def published(fixture):
                     fill(f"{module}.{key}", tuple(shape), str(fixture["salt"]))
                 )
     kept = {"action_head.temp_embed", "sigma_net.temp_embed"}
+    kept |= {"noise_head.weight", "noise_head.bias"}  # ours
     assert ours.keys() - kept == weights.keys()
     head.load_state_dict(weights, strict=False)
     return head

@@ -46,11 +46,11 @@ def film(
     real, dreamed = recorded[:, READINGS:], imagined.frames.cpu()
     columns = torch.cat([real, dreamed, (real - dreamed).abs()], dim=-1)
     part = path.with_name(path.name + ".part.mp4")
-    encode(part, _stacked(columns), CONTROL_HZ)
+    encode(part, stacked(columns), CONTROL_HZ)
     part.replace(path)
 
 
-def _stacked(columns: Tensor) -> np.ndarray:
+def stacked(columns: Tensor) -> np.ndarray:
     """`(E, T, 3, H, W)` in [0, 1] to pictures `(T, E H, W, 3)` uint8."""
     pictures = columns.permute(1, 0, 3, 4, 2).flatten(1, 2)
     return (pictures * 255).round().to(torch.uint8).numpy()

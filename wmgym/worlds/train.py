@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import wmgym
 from wmgym.data import FrameCache
@@ -217,26 +216,21 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         horizon = run.model.config.dynamics.horizon
         windows = Windows(train_cache, horizon, config.seed, here.device, config.lead)
         held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
-        log = None
-        if here.main:
-            log = opened.enter_context(contextlib.closing(Log(config.out, run.step)))
-        quiet = not (progress and here.main)
-        bar = opened.enter_context(tqdm(total=config.steps, initial=run.step, disable=quiet))
+        log = Log(config.out, run.step, config.steps, here, progress=progress)
+        opened.enter_context(log)
         began = time.monotonic()
         while run.step < config.steps:
             figures = _step(run, objective, windows, config, here)
-            bar.update()
+            log.advance(l1=figures["imagined_l1"])
             step = run.step
-            if log is not None and (step % 50 == 0 or step == 1):
+            if step % 50 == 0 or step == 1:
                 log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-                bar.set_postfix(l1=f"{figures['imagined_l1']:.4f}")
             last = step == config.steps
-            if log is not None and (step % config.validate_every == 0 or last):
-                scores = validate(run.average, held, lpips, config)
+            if here.main and (step % config.validate_every == 0 or last):
+                scores = validate(run.kept, held, lpips, config)
                 log.write(step, "validation", scores)
-                if not quiet:
-                    bar.write(f"step {step}: {scores}")
-                world = LatentWorld(run.average, name=config.out.name, device=here.device)
+                log.say(f"step {step}: {scores}")
+                world = LatentWorld(run.kept, name=config.out.name, device=here.device)
                 film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
             if here.main and (step % config.save_every == 0 or last):
                 _keep(config, run)
@@ -248,7 +242,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 def _keep(config: TrainConfig, run: WorldRun) -> None:
     save_world(
         config.out / "world",
-        run.average,
+        run.kept,
         version=wmgym.__version__,
         training={**run.settings, "steps_done": run.step},
     )
@@ -262,7 +256,7 @@ def _step(
     lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
-        loss, terms = objective(go_on(run.average, batch))
+        loss, terms = objective(go_on(run.kept, batch))
     norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}
