@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from wmgym_agents.evaluate import EvaluationConfig
+from wmgym_agents.grpo import GRPOConfig
+from wmgym_agents.sft import SFTConfig
 
 from wmgym import cli
 from wmgym.audit import AuditConfig
@@ -22,8 +25,11 @@ OPTIONS = {
     "demo": DemoConfig,
     "record": RecordConfig,
     "train": TrainConfig,
-    "evaluate": cli.Evaluate,
+    "score": cli.Score,
     "audit": cli.Audit,
+    "sft": SFTConfig,
+    "rft": GRPOConfig,
+    "evaluate": EvaluationConfig,
     "bench": BenchConfig,
     "report": cli.Report,
     "subset": cli.Subset,
@@ -109,7 +115,7 @@ def test_subset_copies_what_was_asked_for(wmgym, tiny_dataset, tmp_path):
 
 def test_evaluate_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, tiny_world, tmp_path):
     report = tmp_path / "report.json"
-    line = ("evaluate", "--data", tiny_dataset, "--world", tiny_world, "--out", report)
+    line = ("score", "--data", tiny_dataset, "--world", tiny_world, "--out", report)
     options = ("--windows", 3, "--seed", 4)
     code, printed, _ = wmgym(*line, *options)
     assert code == 0
@@ -127,7 +133,7 @@ def test_evaluate_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, ti
 
 
 def test_evaluate_reports_beside_the_world(wmgym, tiny_dataset, tiny_world):
-    code, _, _ = wmgym("evaluate", "--data", tiny_dataset, "--world", tiny_world, "--windows", 1)
+    code, _, _ = wmgym("score", "--data", tiny_dataset, "--world", tiny_world, "--windows", 1)
     assert code == 0
     report = tiny_world / "report.json"
     assert json.loads(report.read_text())["version"]
@@ -158,9 +164,9 @@ def test_train_goes_on_from_a_world(wmgym, tiny_dataset, tiny_world, tmp_path):
 
 
 WRONG = {
-    "unknown world": ("evaluate --data DATA --world nothing", str(shipped_worlds())),
-    "no world": ("evaluate --data DATA --world EMPTY", "config.json"),
-    "no data": ("evaluate --data EMPTY --world WORLD", "info.json"),
+    "unknown world": ("score --data DATA --world nothing", str(shipped_worlds())),
+    "no world": ("score --data DATA --world EMPTY", "config.json"),
+    "no data": ("score --data EMPTY --world WORLD", "info.json"),
     "out exists": ("subset --data DATA --out EMPTY", "exists"),
     "negative": ("subset --data DATA --out NEW --per-task -1", "per_task=-1"),
     "no such device": ("train --data DATA --out NEW --init-from WORLD --device tpu", "'tpu'"),

@@ -1,4 +1,4 @@
-"""The command line: `wmgym demo | record | train | evaluate | audit | bench | report | subset`.
+"""The command line: `wmgym COMMAND`; `wmgym --help` lists the commands.
 
 The options of a command are the fields of a dataclass, of what it configures wherever there is one;
 `wmgym COMMAND --help` explains them. Commands that measure something write a JSON report with their
@@ -54,9 +54,39 @@ def _bench() -> None:
         print(f"{name:24s} {value}")
 
 
-def _evaluate() -> None:
+def _score() -> None:
     """Score a world's pictures on held-out episodes."""
-    _options(Evaluate).run()
+    _options(Score).run()
+
+
+def _sft() -> None:
+    """Train a policy on demonstrations; resumes when the run's folder holds a checkpoint."""
+    from wmgym_agents.sft import SFTConfig, sft
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"trained {sft(_options(SFTConfig))}")
+
+
+def _rft() -> None:
+    """Fine-tune a policy in imagination with GRPO; resumes like `sft`."""
+    from wmgym_agents.grpo import GRPOConfig, grpo
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"trained {grpo(_options(GRPOConfig))}")
+
+
+def _evaluate() -> None:
+    """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
+    from wmgym_agents.evaluate import EvaluationConfig, evaluate, report
+
+    config = _options(EvaluationConfig)
+    figures = report(config, evaluate(config), _command())
+    for setting, rate in figures["settings"].items():
+        share = 100 * rate["successes"] / rate["episodes"]
+        low, high = (100 * bound for bound in rate["interval"])
+        episodes = f"{rate['successes']} of {rate['episodes']}"
+        print(f"{setting:24s} {share:5.1f} %  [{low:.1f}, {high:.1f}]  {episodes}")
+    print(f"wrote {config.out / 'report.json'} and {config.out / 'index.html'}")
 
 
 def _audit() -> None:
@@ -78,8 +108,11 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "record": _record,
     "train": _train,
-    "evaluate": _evaluate,
+    "score": _score,
     "audit": _audit,
+    "sft": _sft,
+    "rft": _rft,
+    "evaluate": _evaluate,
     "bench": _bench,
     "report": _tables,
     "subset": _subset,
@@ -87,7 +120,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Score:
     """Score a world's pictures on held-out episodes."""
 
     data: tuple[Path, ...]
@@ -223,8 +256,12 @@ def _beside(world: Path, name: str) -> Path:
 def _report(path: Path, figures: dict[str, Any], seed: int) -> None:
     from wmgym.reports import write_report
 
-    write_report(path, figures, command=shlex.join(["wmgym", *sys.argv[1:]]), seed=seed)
+    write_report(path, figures, command=_command(), seed=seed)
     print(f"wrote {path}")
+
+
+def _command() -> str:
+    return shlex.join(["wmgym", *sys.argv[1:]])
 
 
 def _options(kind: type[Any]) -> Any:

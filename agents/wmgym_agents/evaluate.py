@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -31,16 +32,19 @@ from tqdm import tqdm
 
 from wmgym.envs.libero import LiberoEnv
 from wmgym.envs.perturbations import PERTURBATIONS
-from wmgym.envs.simulator import n_tasks
+from wmgym.envs.simulator import instruction, n_tasks
 from wmgym.extras import require
 from wmgym.recording.video import VideoWriter
+from wmgym.reports import write_report
 from wmgym.spaces import ACTION_DIM, CONTROL_HZ
 from wmgym.training import seed_of
 from wmgym.workers import in_workers
+from wmgym_agents.page import page
 from wmgym_agents.policy import FlowVLA, Observation
 from wmgym_agents.statistics import rate
 
 EPISODES, REPORT = "episodes.jsonl", "report.json"
+_JOB = 10
 
 
 class Policy(Protocol):
@@ -231,11 +235,21 @@ def play(
 
 
 def _play(
-    episode: Episode, config: EvaluationConfig, *, filmed: bool = False
-) -> tuple[Episode, dict[str, Any]]:
+    job: Sequence[Episode], config: EvaluationConfig, *, filmed: bool = False
+) -> list[tuple[Episode, dict[str, Any]]]:
     chunk = None if filmed else config.chunk
     env = _simulation(config.suite, config.image_size, config.fast_rendering, chunk)
-    return episode, play(_policy(config.policy), env, episode, config)
+    policy = _policy(config.policy)
+    return [(episode, play(policy, env, episode, config)) for episode in job]
+
+
+def _jobs(left: Sequence[Episode]) -> list[list[Episode]]:
+    """Episodes in parts of one task: making its simulator takes as long as two episodes."""
+    jobs = []
+    for _, group in itertools.groupby(sorted(left), key=lambda episode: episode.task_id):
+        task = list(group)
+        jobs += [task[first : first + _JOB] for first in range(0, len(task), _JOB)]
+    return jobs
 
 
 def evaluate(config: EvaluationConfig, *, progress: bool = True) -> Outcomes:
@@ -259,16 +273,16 @@ def evaluate(config: EvaluationConfig, *, progress: bool = True) -> Outcomes:
     wanted = episodes(config)
     done = _read(config)
     left = [episode for episode in wanted if episode not in done]
-    with (config.out / EPISODES).open("a") as file:
-        results = in_workers(
-            functools.partial(_play, config=config), left, min(config.workers, max(1, len(left)))
-        )
-        bar = tqdm(results, total=len(wanted), initial=len(done), disable=not progress)
-        for episode, outcome in bar:
-            done[episode] = outcome
-            file.write(json.dumps(dataclasses.asdict(episode) | outcome) + "\n")
+    bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), disable=not progress)
+    with bar, (config.out / EPISODES).open("a") as file:
+        run = functools.partial(_play, config=config)
+        for results in in_workers(run, _jobs(left), config.workers):
+            for episode, outcome in results:
+                done[episode] = outcome
+                file.write(json.dumps(dataclasses.asdict(episode) | outcome) + "\n")
             file.flush()
             solved = sum(o["success"] for o in done.values())
+            bar.update(len(results))
             bar.set_postfix(success=f"{100 * solved / len(done):.1f} %")
     outcomes = Outcomes({episode: done[episode] for episode in wanted})
     _film(config, outcomes)
@@ -284,7 +298,8 @@ def _film(config: EvaluationConfig, outcomes: Outcomes) -> None:
     left = [episode for episode in failed if not _video(config, episode).exists()]
     if left:
         run = functools.partial(_play, config=config, filmed=True)
-        for episode, outcome in in_workers(run, left, min(config.workers, len(left))):
+        jobs = [[episode] for episode in left]
+        for [(episode, outcome)] in in_workers(run, jobs, config.workers):
             path = _video(config, episode)
             path.parent.mkdir(exist_ok=True)
             with VideoWriter(path, CONTROL_HZ) as video:
@@ -321,6 +336,31 @@ def _read(config: EvaluationConfig) -> dict[Episode, dict[str, Any]]:
         episode = Episode(**{f.name: entry.pop(f.name) for f in dataclasses.fields(Episode)})
         done[episode] = entry
     return done
+
+
+def report(config: EvaluationConfig, outcomes: Outcomes, command: str) -> dict[str, Any]:
+    """Writes `report.json` and `index.html` into `config.out`, and returns the figures.
+
+    Args:
+        config: What was evaluated.
+        outcomes: What `evaluate` returned.
+        command: The line that makes this report.
+    """
+    tasks = sorted({episode.task_id for episode in outcomes})
+    figures = {
+        "policy": config.policy,
+        "suite": config.suite,
+        "instructions": {str(task): instruction(config.suite, task) for task in tasks},
+        "settings": summary(outcomes, config.settings),
+        "seconds_per_episode": round(np.mean([o["seconds"] for o in outcomes.values()]), 2),
+    }
+    write_report(config.out / REPORT, figures, command=command, seed=config.seed)
+    document = json.loads((config.out / REPORT).read_text())
+    videos = [path.relative_to(config.out) for path in sorted(config.out.glob("videos/*.mp4"))]
+    part = config.out / "index.part"
+    part.write_text(page(document, videos))
+    part.replace(config.out / "index.html")
+    return figures
 
 
 def summary(outcomes: Outcomes, settings: Sequence[str]) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def n_tasks(suite: str) -> int:
     return int(_benchmark(suite).n_tasks)
 
 
+def instruction(suite: str, task_id: int) -> str:
+    """A task in words."""
+    return str(_benchmark(suite).get_task(task_id).language)
+
+
 @cache
 def initial_states(suite: str, task_id: int) -> NDArray[np.float64]:
     """LIBERO's stored initial states of a task, `(n, S)`."""
@@ -147,7 +152,7 @@ class Simulator:
         self.suite, self.task_id, self.image_size = suite, task_id, image_size
         self.fast_rendering = fast_rendering
         task = benchmark.get_task(task_id)
-        self.instruction: str = task.language
+        self.instruction = instruction(suite, task_id)
         libero = require("libero.libero", "libero")
         wrapper = require("libero.libero.envs.env_wrapper", "libero")
         bddl = Path(libero.get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
