@@ -281,7 +281,7 @@ class GRPO:
     def _old(self, decisions: list[Decision]) -> list[Tensor]:
         """Log-densities under the policy that drew the chunks, part by part as in `update`."""
         parts = self._micro(decisions)
-        return [self.policy.log_prob(part.seen, part.chain)[0] for part, _ in parts]
+        return [self.policy.log_prob(part.seen, part.chain)[0] for part, *_ in parts]
 
     def update(
         self, decisions: list[Decision], advantages: Tensor, old: list[Tensor] | None = None
@@ -303,10 +303,10 @@ class GRPO:
         self.run.optimizer.zero_grad(set_to_none=True)
         figures: dict[str, list[float]] = {}
         parts = list(self._micro(decisions))
-        for number, (decision, rows) in enumerate(parts):
+        for number, (decision, rows, place) in enumerate(parts):
             advantage = advantages.flatten()[rows]
             before = None if old is None else old[number]
-            loss, told = self._loss(decision, advantage, before, self._key(1, number))
+            loss, told = self._loss(decision, advantage, before, self._key(1, place))
             check_finite(loss, "loss", self.run.step)
             (loss / len(parts)).backward()
             for name, value in told.items():
@@ -325,12 +325,14 @@ class GRPO:
         means = {name: torch.tensor(np.mean(values)) for name, values in figures.items()}
         return {name: float(self.here.mean(value)) for name, value in means.items()} | norms
 
-    def _micro(self, decisions: list[Decision]) -> Iterator[tuple[Decision, Tensor]]:
-        members = self.config.members
+    def _micro(self, decisions: list[Decision]) -> Iterator[tuple[Decision, Tensor, int]]:
+        """Parts of a batch, their rows, and a number that is theirs however many processes run."""
+        members, starts = self.config.members, self.config.starts
         everyone = torch.arange(self.groups * members, device=self.here.device)
-        for decision in decisions:
+        for number, decision in enumerate(decisions):
             for rows in everyone.split(self.config.micro_starts * members):
-                yield decision.rows(rows, members), rows
+                first = self.here.rank * self.groups + int(rows[0]) // members
+                yield decision.rows(rows, members), rows, number * starts + first
 
     def _loss(
         self, decision: Decision, advantage: Tensor, old: Tensor | None, key: int
@@ -357,7 +359,7 @@ class GRPO:
         Raises:
             ValueError: It does not; the message says what and why that may be.
         """
-        part, _ = next(self._micro(decisions))
+        part, *_ = next(self._micro(decisions))
         now, _ = self.policy.log_prob(part.seen, part.chain)
         error = float(((now - part.chain.density).exp() - 1).abs().max())
         if not error < _RATIO_TOLERANCE:

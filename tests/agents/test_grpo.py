@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import small
 import torch
+from rft_tiny import config, toy
 from torch import nn
-from toy import SIZE, ToyDataset, ToyWorld
+from toy import SIZE, ToyDataset
 from wmgym_agents import grpo as module
 from wmgym_agents.chain import NOISES
 from wmgym_agents.encoder import EncoderConfig
-from wmgym_agents.grpo import GRPO, GRPOConfig, grpo
+from wmgym_agents.grpo import GRPO, grpo
 from wmgym_agents.policy import FlowVLA
 
 from wmgym.distributed import Processes
@@ -48,33 +49,8 @@ def base(tmp_path_factory):
     return folder
 
 
-def toy(**kwargs):
-    return {
-        "world": ToyWorld(),
-        "dataset": ToyDataset(),
-        "tasks": None,
-        "reward_weights": {"lpips": 0.0},
-        **kwargs,
-    }
-
-
 def one_start(rng, episodes):
     return 0, 3
-
-
-def config(base, out, **changes):
-    values = {
-        "steps": 4,
-        "starts": 4,
-        "members": 4,
-        "micro_starts": 2,
-        "save_every": 2,
-        "learning_rate": 1e-3,
-        "sigma_learning_rate": 1e-3,
-        "warmup": 0,
-        "device": "cpu",
-    }
-    return GRPOConfig(policy=str(base), out=out, **{**values, **changes})
 
 
 def log(out):
