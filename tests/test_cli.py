@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from wmgym_agents.evaluate import EvaluationConfig
+from wmgym_agents.experiment import ExperimentConfig
 from wmgym_agents.grpo import GRPOConfig
 from wmgym_agents.sft import SFTConfig
 
@@ -30,6 +31,7 @@ OPTIONS = {
     "sft": SFTConfig,
     "rft": GRPOConfig,
     "evaluate": EvaluationConfig,
+    "experiment": ExperimentConfig,
     "bench": BenchConfig,
     "report": cli.Report,
     "subset": cli.Subset,

@@ -69,10 +69,22 @@ def _sft() -> None:
 
 def _rft() -> None:
     """Fine-tune a policy in imagination with GRPO; resumes like `sft`."""
-    from wmgym_agents.grpo import GRPOConfig, grpo
+    from wmgym_agents.grpo import PRESETS, GRPOConfig, grpo
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(f"trained {grpo(_options(GRPOConfig))}")
+    presets = {
+        name: GRPOConfig(policy=tyro.MISSING, out=tyro.MISSING, **changes)
+        for name, changes in PRESETS.items()
+    }
+    print(f"trained {grpo(_options(GRPOConfig, presets))}")
+
+
+def _experiment() -> None:
+    """Fine-tune a policy in several ways and compare them in LIBERO; resumes (extra `libero`)."""
+    from wmgym_agents.experiment import ExperimentConfig, experiment
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    experiment(_options(ExperimentConfig), _command(), print)
 
 
 def _evaluate() -> None:
@@ -113,6 +125,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "sft": _sft,
     "rft": _rft,
     "evaluate": _evaluate,
+    "experiment": _experiment,
     "bench": _bench,
     "report": _tables,
     "subset": _subset,
@@ -264,11 +277,27 @@ def _command() -> str:
     return shlex.join(["wmgym", *sys.argv[1:]])
 
 
-def _options(kind: type[Any]) -> Any:
-    """The options on the command line, as what they configure."""
-    name = sys.argv[1]
+def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
+    """The options on the command line, as what they configure.
+
+    Args:
+        kind: A dataclass.
+        presets: Defaults by name; `--preset NAME`, else the first, chooses among them.
+    """
+    name, *given = sys.argv[1:]
     description = COMMANDS[name].__doc__
-    return tyro.cli(kind, prog=f"wmgym {name}", description=description, args=sys.argv[2:])
+    default: dict[str, Any] = {}
+    if presets is not None:
+        description = f"{description} --preset {{{','.join(presets)}}} chooses the defaults."
+        preset = next(iter(presets))
+        if "--preset" in given:
+            place = given.index("--preset")
+            preset = (given[place + 1 : place + 2] or [""])[0]
+            del given[place : place + 2]
+        if preset not in presets:
+            raise ValueError(f"--preset {preset}: allowed are {', '.join(presets)}")
+        default = {"default": presets[preset]}
+    return tyro.cli(kind, prog=f"wmgym {name}", description=description, args=given, **default)
 
 
 def _usage() -> str:

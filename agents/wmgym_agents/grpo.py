@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wmgym
@@ -52,6 +53,7 @@ from wmgym_agents.policy import Encoded, FlowVLA
 
 _RATIO_TOLERANCE = 1e-5
 _FILMED = 4
+_WATCHED = 32
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class GRPOConfig:
         dataset: Folder of the demonstrations the starts are from; None means those that ship.
         reward: "R1", "R2" or "R3".
         reward_every: Control steps between the frames that are drawn and rewarded.
+        reference_actions: "recorded" or "intended", see the environment; noise that demonstrations
+            were disturbed by is nothing a policy can learn.
         steps: RFT steps.
         starts: Starts per step, over all processes.
         members: Chunks drawn at a start, the group.
@@ -99,6 +103,7 @@ class GRPOConfig:
     dataset: Path | None = None
     reward: Literal["R1", "R2", "R3"] = "R3"
     reward_every: int = 1
+    reference_actions: Literal["recorded", "intended"] = "intended"
     steps: int = 400
     starts: int = 16
     members: int = 16
@@ -130,6 +135,19 @@ class GRPOConfig:
             )
         if self.noise not in NOISES:
             raise ValueError(f"noise={self.noise!r}: allowed are {NOISES}")
+
+
+Preset = Literal["published", "small"]
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "published": {},
+    "small": {
+        "reward_every": 4,
+        "noise": "noise_head",
+        "learning_rate": 3e-5,
+        "sigma_learning_rate": 3e-5,
+    },
+}
+"""What differs from the published setting, by name; `small` is for `small` policies on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,7 @@ class GRPO:
             "tasks": config.tasks,
             "reward": config.reward,
             "reward_every": config.reward_every,
+            "reference_actions": config.reference_actions,
             "horizon": config.chunks * self.chunk,
             "device": str(here.device),
             "dtype": config.dtype,
@@ -209,9 +228,8 @@ class GRPO:
         }
         count = self.groups * config.members
         self.envs: Any = WorldModelVectorEnv(count, group_size=config.members, **self.env_kwargs)
-        seen, info = self.envs.reset(seed=0)
-        self.watched = observation(seen, info, config.members)
-        self.before = policy.act(self.watched, torch.Generator().manual_seed(0))
+        self.watched: Any = WorldModelVectorEnv(_WATCHED, **self.env_kwargs)
+        self.before = self._act_watched()[0]
 
     def step(self) -> dict[str, float]:
         """One RFT step: rollout, advantages, update. Returns its figures."""
@@ -373,10 +391,33 @@ class GRPO:
                 "Is the noise 0, or does the reward not depend on the actions?"
             )
 
-    def drift(self) -> float:
-        """Mean distance of the policy's chunks to those before the run, same starts and noise."""
-        now = self.policy.act(self.watched, torch.Generator().manual_seed(0))
-        return float(np.abs(now - self.before)[..., :-1].mean())
+    def watch(self) -> dict[str, float]:
+        """What the policy does without noise, from the same starts every time.
+
+        Returns:
+            `watched_reward`, its mean reward, and `drift`, the mean distance of its first chunks to
+            those before the run.
+        """
+        actions, rewards = self._act_watched()
+        drift = float(np.abs(actions - self.before)[..., :-1].mean())
+        return {"watched_reward": float(rewards.mean()), "drift": drift}
+
+    @torch.no_grad()
+    def _act_watched(self) -> tuple[NDArray[np.float32], Tensor]:
+        """First chunks `(n, T, 7)` and rewards `(chunks, n)` from the watched starts."""
+        generator = torch.Generator().manual_seed(0)
+        seen, info = self.watched.reset(seed=0)
+        chunks, rewards = [], []
+        for _ in range(self.config.chunks):
+            chunks.append(self.policy.act(observation(seen, info), generator))
+            seen, reward, _, _, info = self.watched.step(chunks[-1])
+            rewards.append(reward)
+        return chunks[0], torch.stack(rewards)
+
+    def close(self) -> None:
+        """Frees the environments."""
+        self.envs.close()
+        self.watched.close()
 
     def film(self, path: Path) -> None:
         """What the policy does in the world, from the same starts every time."""
@@ -404,7 +445,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here, contextlib.ExitStack() as opened:
         job = GRPO(config, here, **env_kwargs)
-        opened.callback(job.envs.close)
+        opened.callback(job.close)
         run, checkpoint = job.run, config.out / "checkpoint.pt"
         run.resume(checkpoint, here.device)
         log = Log(config.out, run.step, config.steps, here, progress=progress)
@@ -417,7 +458,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
             last = run.step == config.steps
             save = run.step % config.save_every == 0 or last
             if save:
-                figures["drift"] = job.drift()
+                figures |= job.watch()
             log.write(run.step, "rft", figures)
             if here.main and config.film_every and (run.step % config.film_every == 0 or last):
                 job.film(config.out / f"imagined-{run.step:06d}.mp4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import warnings
 
@@ -341,6 +342,28 @@ def test_rewarding_every_second_frame(reward):
                 -(frames - whole.last_step.reference_frames[:, 1::2]).abs().mean((1, 2, 3, 4))
             )
             np.testing.assert_allclose(rewards, expected, rtol=1e-5)
+
+
+def test_the_reference_may_be_what_the_demonstrator_meant():
+    class Disturbed(ToyDataset):
+        def read(self, *given, **kwargs):
+            episode = super().read(*given, **kwargs)
+            return dataclasses.replace(episode, clean_actions=0.5 * episode.actions)
+
+    recorded = make(4, dataset=Disturbed(), reward="R1")
+    intended, plain = (
+        make(4, dataset=dataset, reward="R1", reference_actions="intended")
+        for dataset in (Disturbed(), ToyDataset())
+    )
+    executed = recorded.reset(seed=0)[1]["reference_action"]
+    meant = intended.reset(seed=0)[1]["reference_action"]
+    np.testing.assert_array_equal(meant, 0.5 * executed)
+    np.testing.assert_array_equal(plain.reset(seed=0)[1]["reference_action"], executed)
+    assert (intended.step(meant)[1] == 0).all()
+    with pytest.raises(ValueError, match="allowed are 'recorded' and 'intended'"):
+        make(4, reference_actions="meant")
+    with pytest.raises(ValueError, match="references"):
+        intended.set_state(recorded.get_state())
 
 
 @pytest.mark.parametrize("sizes", [{"action_chunk": 3}, {"action_chunk": 4, "horizon": 6}])

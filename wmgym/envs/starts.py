@@ -83,6 +83,7 @@ class StartStates:
         image_size: `(H, W)` of the world, to which recorded images are resized.
         cache: Keeps what was read.
         every: Imagined episodes last for a multiple of so many control steps.
+        intended: Actions are those that the demonstrator meant, where the dataset tells.
 
     Attributes:
         episodes: The eligible episodes.
@@ -106,6 +107,7 @@ class StartStates:
         image_size: tuple[int, int],
         cache: ByteCache,
         every: int = 1,
+        intended: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: allowed are {', '.join(map(repr, SPLITS))}")
@@ -114,6 +116,7 @@ class StartStates:
         self._dataset = dataset
         self._kind = starts
         self._every = every
+        self._intended = intended
         self._horizon = horizon
         self._padded = -(-horizon // chunk) * chunk + chunk
         self._context = context
@@ -203,6 +206,8 @@ class StartStates:
         first = max(0, f - self._context + 1)
         piece = self._dataset.read(episode_id, first, min(info.length, f + self._padded))
         images = resize(piece.images, self._image_size)
+        meant = piece.clean_actions if self._intended else None
+        actions = piece.actions if meant is None else meant
         now = f - first
         context = np.maximum(np.arange(now - self._context + 1, now + 1), 0)
         later = np.minimum(np.arange(now, now + self._padded), len(piece) - 1)
@@ -213,7 +218,7 @@ class StartStates:
             context_images=images[context],
             context_proprio=piece.proprio[context].astype(np.float32),
             images=images[now + 1 : now + 1 + steps].copy(),
-            actions=np.clip(piece.actions[later].astype(np.float32), -1.0, 1.0),
+            actions=np.clip(actions[later].astype(np.float32), -1.0, 1.0),
         )
 
     def _choices(self, episode: EpisodeInfo) -> int:

@@ -81,6 +81,11 @@ class WorldModelVectorEnv(VectorEnv):
         reward_every: Control steps between the frames that are drawn and rewarded, of which
             `action_chunk` and `horizon` are multiples: 4 imagines a chunk of 8 three times as fast.
 
+        reference_actions: "recorded": R1 and R3 compare with the actions that were executed.
+            "intended": with those that the demonstrator meant, where the dataset tells, that is
+            without the noise by which demonstrations were disturbed on purpose. R2 compares with
+            what was recorded in any case.
+
     Attributes:
         world: The world.
         group_size: Members `G` of a group.
@@ -123,9 +128,14 @@ class WorldModelVectorEnv(VectorEnv):
         max_episode_steps: int | None = None,
         cache_mb: float = 256,
         reward_every: int = 1,
+        reference_actions: str = "recorded",
     ) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: allowed are None and 'rgb_array'")
+        if reference_actions not in ("recorded", "intended"):
+            raise ValueError(
+                f"reference_actions={reference_actions!r}: allowed are 'recorded' and 'intended'"
+            )
         self.single_action_space = action_space(action_chunk)
         self._chunk = chunk = action_chunk or 1
         requests.check_sizes(
@@ -159,6 +169,7 @@ class WorldModelVectorEnv(VectorEnv):
             image_size=self.world.image_size,
             cache=self._cache,
             every=reward_every,
+            intended=reference_actions == "intended",
         )
         scorer = Scorer(reward, reward_weights, self.world.device, DTYPES[dtype], lpips_net)
         self._rollout = Rollout(
@@ -166,7 +177,7 @@ class WorldModelVectorEnv(VectorEnv):
         )
         sizes = (num_envs, group_size, horizon, self._chunk, reward_every)
         known = (self.world.name, tuple(self.world.image_size), self.world.context)
-        references = "imagined" if scorer.imagined else "recorded"
+        references = ("imagined" if scorer.imagined else "recorded", reference_actions)
         self._settings = (*sizes, known, self._source.digest, references)
         self._state: EnvState | None = None
         self.last_step: RewardInputs | None = None
