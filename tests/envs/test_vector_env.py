@@ -362,7 +362,7 @@ def test_the_reference_may_be_what_the_demonstrator_meant():
     assert (intended.step(meant)[1] == 0).all()
     with pytest.raises(ValueError, match="allowed are 'recorded' and 'intended'"):
         make(4, reference_actions="meant")
-    with pytest.raises(ValueError, match="references"):
+    with pytest.raises(ValueError, match="reference_actions is"):
         intended.set_state(recorded.get_state())
 
 

@@ -30,6 +30,7 @@ SETTINGS = (
     "world",
     "dataset",
     "references",
+    "reference_actions",
 )
 """What a snapshot must agree in with the environment that restores it."""
 

@@ -177,8 +177,8 @@ class WorldModelVectorEnv(VectorEnv):
         )
         sizes = (num_envs, group_size, horizon, self._chunk, reward_every)
         known = (self.world.name, tuple(self.world.image_size), self.world.context)
-        references = ("imagined" if scorer.imagined else "recorded", reference_actions)
-        self._settings = (*sizes, known, self._source.digest, references)
+        references = "imagined" if scorer.imagined else "recorded"
+        self._settings = (*sizes, known, self._source.digest, references, reference_actions)
         self._state: EnvState | None = None
         self.last_step: RewardInputs | None = None
 
