@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wmgym
@@ -41,7 +40,6 @@ from wmgym.distributed import Processes, processes
 from wmgym.envs.vector import WorldModelVectorEnv
 from wmgym.training import Log, Run, check_finite, seed_of, settings_of
 from wmgym_agents.chain import NOISES, Chain, Noise
-from wmgym_agents.film import film, observation
 from wmgym_agents.objective import (
     Advantage,
     ClipConfig,
@@ -50,10 +48,9 @@ from wmgym_agents.objective import (
     policy_loss,
 )
 from wmgym_agents.policy import Encoded, FlowVLA
+from wmgym_agents.watch import Watch, observation
 
 _RATIO_TOLERANCE = 1e-5
-_FILMED = 4
-_WATCHED = 32
 
 
 @dataclass(frozen=True)
@@ -207,29 +204,25 @@ class GRPO:
         self.run = Run(policy, None, optimizer, settings_of(config))
         self.chunk = policy.config.head.chunk
         self.groups = config.starts // here.size
-        chosen = {
+        env_kwargs = {
             "world": config.world,
             "suite": config.suite,
             "tasks": config.tasks,
+            "dataset": config.dataset,
             "reward": config.reward,
             "reward_every": config.reward_every,
             "reference_actions": config.reference_actions,
             "horizon": config.chunks * self.chunk,
-            "device": str(here.device),
-            "dtype": config.dtype,
-        }
-        if config.dataset is not None:
-            chosen["dataset"] = str(config.dataset)
-        self.env_kwargs = {
             "action_chunk": self.chunk,
             "autoreset_mode": "Disabled",
             "output": "torch",
-            **(chosen | env_kwargs),
+            "device": str(here.device),
+            "dtype": config.dtype,
+            **env_kwargs,
         }
         count = self.groups * config.members
-        self.envs: Any = WorldModelVectorEnv(count, group_size=config.members, **self.env_kwargs)
-        self.watched: Any = WorldModelVectorEnv(_WATCHED, **self.env_kwargs)
-        self.before = self._act_watched()[0]
+        self.envs: Any = WorldModelVectorEnv(count, group_size=config.members, **env_kwargs)
+        self.watch = Watch(policy, config.chunks, **env_kwargs)
 
     def step(self) -> dict[str, float]:
         """One RFT step: rollout, advantages, update. Returns its figures."""
@@ -391,39 +384,10 @@ class GRPO:
                 "Is the noise 0, or does the reward not depend on the actions?"
             )
 
-    def watch(self) -> dict[str, float]:
-        """What the policy does without noise, from the same starts every time.
-
-        Returns:
-            `watched_reward`, its mean reward, and `drift`, the mean distance of its first chunks to
-            those before the run.
-        """
-        actions, rewards = self._act_watched()
-        drift = float(np.abs(actions - self.before)[..., :-1].mean())
-        return {"watched_reward": float(rewards.mean()), "drift": drift}
-
-    @torch.no_grad()
-    def _act_watched(self) -> tuple[NDArray[np.float32], Tensor]:
-        """First chunks `(n, T, 7)` and rewards `(chunks, n)` from the watched starts."""
-        generator = torch.Generator().manual_seed(0)
-        seen, info = self.watched.reset(seed=0)
-        chunks, rewards = [], []
-        for _ in range(self.config.chunks):
-            chunks.append(self.policy.act(observation(seen, info), generator))
-            seen, reward, _, _, info = self.watched.step(chunks[-1])
-            rewards.append(reward)
-        return chunks[0], torch.stack(rewards)
-
     def close(self) -> None:
         """Frees the environments."""
         self.envs.close()
-        self.watched.close()
-
-    def film(self, path: Path) -> None:
-        """What the policy does in the world, from the same starts every time."""
-        kwargs = self.env_kwargs | {"reward": "R3", "reward_every": 1, "cache_mb": 0}
-        with contextlib.closing(WorldModelVectorEnv(_FILMED, **kwargs)) as envs:
-            film(self.policy, envs, path, chunks=self.config.chunks)
+        self.watch.close()
 
 
 def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Path:
@@ -451,17 +415,17 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         log = Log(config.out, run.step, config.steps, here, progress=progress)
         opened.enter_context(log)
         if here.main and config.film_every and run.step == 0:
-            job.film(config.out / "imagined-000000.mp4")
+            job.watch.film(job.policy, config.out / "imagined-000000.mp4")
         while run.step < config.steps:
             figures = job.step()
             log.advance(reward=figures["reward"])
             last = run.step == config.steps
             save = run.step % config.save_every == 0 or last
             if save:
-                figures |= job.watch()
+                figures |= job.watch.figures(job.policy)
             log.write(run.step, "rft", figures)
             if here.main and config.film_every and (run.step % config.film_every == 0 or last):
-                job.film(config.out / f"imagined-{run.step:06d}.mp4")
+                job.watch.film(job.policy, config.out / f"imagined-{run.step:06d}.mp4")
             if here.main and save:
                 job.policy.save_pretrained(
                     config.out / "policy",
