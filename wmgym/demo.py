@@ -2,11 +2,15 @@
 
 On the shipped world and the shipped demonstrations, without a simulator: the reference actions,
 noisy ones and random ones run side by side in one batch of imagined environments; a table shows R1,
-R2 and R3 of each, and a video of each shows what was imagined.
+R2 and R3 of each, and a video of each shows what was imagined. Then the shipped policy is trained
+in the shipped world for a few steps of GRPO, and filmed before and after.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +39,8 @@ class DemoConfig:
         starts: Starts that every kind of action is run from.
         horizon: Control steps imagined.
         seed: Seed of starts and noise.
+        policy: Name or folder of the policy that is fine-tuned.
+        steps: Steps of GRPO; 0 leaves it out.
     """
 
     world: str = "libero-small"
@@ -43,6 +49,8 @@ class DemoConfig:
     starts: int = 16
     horizon: int = 8
     seed: int = 0
+    policy: str = "libero-object-small"
+    steps: int = 20
 
 
 def kinds() -> list[str]:
@@ -73,6 +81,8 @@ def demo(config: DemoConfig, say: Callable[[str], None]) -> dict[str, dict[str, 
     say(f"{speed['R3']:.0f} imagined frames per second with R3")
     for kind, path in _videos(config).items():
         say(f"{kind}: {path}")
+    if config.steps:
+        _fine_tune(config, say)
     return table
 
 
@@ -110,6 +120,36 @@ def chunks(reference: NDArray[np.float32], rng: np.random.Generator) -> NDArray[
         actions[k::members] = np.clip(actions[k::members] + noise, -1, 1)
     actions[members - 1 :: members] = rng.uniform(-1, 1, actions[members - 1 :: members].shape)
     return actions
+
+
+def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
+    """A few steps of GRPO: the reward from the same starts, and films of the same starts."""
+    from wmgym_agents.grpo import PRESETS, GRPOConfig, grpo
+
+    say(f"GRPO on {config.policy}: {config.steps} steps of 8 starts x 16 members")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        changes = PRESETS["small"] | {"starts": 8, "warmup": 0, "save_every": 5}
+        settings = GRPOConfig(
+            policy=config.policy,
+            out=out,
+            world=config.world,
+            suite=config.suite,
+            steps=config.steps,
+            film_every=config.steps,
+            seed=config.seed,
+            **changes,
+        )
+        grpo(settings)
+        entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        for entry in entries:
+            if "watched_reward" in entry:
+                say(f"step {entry['step']:3d}: R3 {entry['watched_reward']:.5f}")
+        films = sorted(out.glob("*.mp4"))
+        for name, film in zip(("before", "after"), (films[0], films[-1]), strict=True):
+            path = config.out / f"policy-{name}.mp4"
+            shutil.move(film, path)
+            say(f"policy {name}, beside the reference and their difference: {path}")
 
 
 def _videos(config: DemoConfig) -> dict[str, Path]:

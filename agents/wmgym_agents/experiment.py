@@ -26,7 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "R1": {"reward": "R1"},
     "R2": {"reward": "R2"},
     "R3": {"reward": "R3"},
-    "R3-closed-loop": {"reward": "R3", "chunks": 3},
+    "R3-closed-loop": {"reward": "R3", "chunks": 3, "starts": 8},
 }
 """What each arm changes in the preset of GRPO."""
 
@@ -56,15 +56,15 @@ class ExperimentConfig:
     data: Path
     out: Path
     suite: str = "libero_object"
-    arms: tuple[str, ...] = ("sft", "R1", "R2", "R3", "R3-closed-loop")
+    arms: tuple[str, ...] = ("R3", "sft", "R3-closed-loop", "R1", "R2")
     seeds: tuple[int, ...] = (0,)
     preset: Preset = "small"
     steps: int = 400
-    control_steps: int = 4000
+    control_steps: int = 2000
     control_learning_rate: float = 2e-4
     init_states: tuple[int, ...] = tuple(range(40, 50))
     settings: tuple[str, ...] = ("standard", "jitter")
-    copies: int = 2
+    copies: int = 1
     workers: int = 2
 
     def __post_init__(self) -> None:

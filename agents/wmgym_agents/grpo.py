@@ -138,10 +138,11 @@ Preset = Literal["published", "small"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "published": {},
     "small": {
+        "members": 8,
         "reward_every": 4,
         "noise": "noise_head",
-        "learning_rate": 3e-5,
-        "sigma_learning_rate": 3e-5,
+        "learning_rate": 2e-5,
+        "sigma_learning_rate": 2e-5,
     },
 }
 """What differs from the published setting, by name; `small` is for `small` policies on CPUs."""
