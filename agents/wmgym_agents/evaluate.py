@@ -70,6 +70,7 @@ class EvaluationConfig:
         settings: Names in `PERTURBATIONS`.
         copies: Episodes per initial state in settings that draw something.
         chunk: Actions executed before the policy looks again.
+        max_steps: Control steps of an episode; None means the suite's published limit.
         image_size: Pixels of the pictures, height and width.
         fast_rendering: How pictures are drawn: as those the policy was trained on.
         seed: Seed of perturbations, fixtures and the policy's noise.
@@ -85,6 +86,7 @@ class EvaluationConfig:
     settings: tuple[str, ...] = ("standard",)
     copies: int = 1
     chunk: int = 8
+    max_steps: int | None = None
     image_size: int = 128
     fast_rendering: bool = True
     seed: int = 7
@@ -177,9 +179,14 @@ def _policy(policy: str) -> Policy:
 
 
 @functools.lru_cache(maxsize=1)
-def _simulation(suite: str, size: int, fast: bool, chunk: int | None) -> LiberoEnv:
+def _simulation(config: EvaluationConfig, filmed: bool) -> LiberoEnv:
     return LiberoEnv(
-        suite=suite, image_size=size, fast_rendering=fast, action_chunk=chunk, max_simulators=1
+        suite=config.suite,
+        image_size=config.image_size,
+        fast_rendering=config.fast_rendering,
+        action_chunk=None if filmed else config.chunk,
+        max_steps=config.max_steps,
+        max_simulators=1,
     )
 
 
@@ -237,8 +244,7 @@ def play(
 def _play(
     job: Sequence[Episode], config: EvaluationConfig, *, filmed: bool = False
 ) -> list[tuple[Episode, dict[str, Any]]]:
-    chunk = None if filmed else config.chunk
-    env = _simulation(config.suite, config.image_size, config.fast_rendering, chunk)
+    env = _simulation(config, filmed)
     policy = _policy(config.policy)
     return [(episode, play(policy, env, episode, config)) for episode in job]
 
@@ -313,7 +319,7 @@ def _video(config: EvaluationConfig, episode: Episode) -> Path:
     return config.out / "videos" / name
 
 
-_FIXED = ("policy", "suite", "chunk", "image_size", "fast_rendering", "seed")
+_FIXED = ("policy", "suite", "chunk", "max_steps", "image_size", "fast_rendering", "seed")
 
 
 def _read(config: EvaluationConfig) -> dict[Episode, dict[str, Any]]:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
             init_states=(40, 41, 42, 43),
             workers=1,
             image_size=32,
+            max_steps=24,
         ),
         progress=False,
     )
