@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small
 import tiny
 import torch
 
@@ -26,8 +27,12 @@ def demos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shown(demos, tiny_world, tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("out") / "videos", []
-    table = demo(DemoConfig(world=str(tiny_world), out=out, starts=3, horizon=4), lines.append)
-    return table, lines, out
+    policy = tmp_path_factory.mktemp("policies") / "policy"
+    small.policy().save_pretrained(policy)
+    config = DemoConfig(
+        world=str(tiny_world), out=out, starts=3, horizon=4, policy=str(policy), steps=2
+    )
+    return demo(config, lines.append), lines, out
 
 
 def test_the_reference_scores_exactly_zero_where_it_must(shown):
@@ -54,10 +59,17 @@ def test_the_table_and_the_videos_are_shown(shown):
         assert any(line.startswith(kind) and f"{row['R3']:.4f}" in line for line in lines)
     assert "imagined frames per second" in text
     videos = sorted(out.glob("*.mp4"))
-    assert len(videos) == 3
+    assert len(videos) == 5
     for video in videos:
         assert str(video) in text
         assert video.stat().st_size > 1000
+
+
+def test_the_policy_is_trained_and_its_reward_told(shown):
+    _, lines, _ = shown
+    told = [line for line in lines if line.startswith("step")]
+    assert [line.split(":")[0] for line in told] == ["step   0", "step   2"]
+    assert all(float(line.split()[-1]) < 0 for line in told)
 
 
 def test_chunks_leave_the_reference_alone_and_disturb_the_others():

@@ -143,8 +143,8 @@ def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
         grpo(settings)
         entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         for entry in entries:
-            if "watched_reward" in entry:
-                say(f"step {entry['step']:3d}: R3 {entry['watched_reward']:.5f}")
+            if entry["group"] == "watch":
+                say(f"step {entry['step']:3d}: R3 {entry['reward']:.5f}")
         films = sorted(out.glob("*.mp4"))
         for name, film in zip(("before", "after"), (films[0], films[-1]), strict=True):
             path = config.out / f"policy-{name}.mp4"

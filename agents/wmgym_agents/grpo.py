@@ -415,16 +415,18 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         run.resume(checkpoint, here.device)
         log = Log(config.out, run.step, config.steps, here, progress=progress)
         opened.enter_context(log)
-        if here.main and config.film_every and run.step == 0:
-            job.watch.film(job.policy, config.out / "imagined-000000.mp4")
+        if here.main and run.step == 0:
+            log.write(0, "watch", job.watch.figures(job.policy))
+            if config.film_every:
+                job.watch.film(job.policy, config.out / "imagined-000000.mp4")
         while run.step < config.steps:
             figures = job.step()
             log.advance(reward=figures["reward"])
             last = run.step == config.steps
             save = run.step % config.save_every == 0 or last
-            if save:
-                figures |= job.watch.figures(job.policy)
             log.write(run.step, "rft", figures)
+            if here.main and save:
+                log.write(run.step, "watch", job.watch.figures(job.policy))
             if here.main and config.film_every and (run.step % config.film_every == 0 or last):
                 job.watch.film(job.policy, config.out / f"imagined-{run.step:06d}.mp4")
             if here.main and save:

@@ -50,12 +50,12 @@ class Watch:
         """What a policy does without noise while denoising.
 
         Returns:
-            `watched_reward`, its mean reward, and `drift`, the mean distance of its first chunks to
-            those of the policy before training.
+            `reward`, its mean, and `drift`, the mean distance of its first chunks to those of the
+            policy before training.
         """
         actions, rewards, _ = self._play(policy, self._envs)
         drift = float(np.abs(actions - self._before)[..., :-1].mean())
-        return {"watched_reward": float(rewards.mean()), "drift": drift}
+        return {"reward": float(rewards.mean()), "drift": drift}
 
     @torch.no_grad()
     def film(self, policy: FlowVLA, path: Path) -> None:

@@ -53,8 +53,9 @@ def one_start(rng, episodes):
     return 0, 3
 
 
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def log(out, group="rft"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["group"] == group]
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -166,7 +167,8 @@ def test_micro_batches_change_nothing_but_memory(base, tmp_path):
 def test_several_epochs_move_the_ratio_away_from_one(base, tmp_path):
     grpo(config(base, tmp_path, steps=1, epochs=3, save_every=1), progress=False, **toy())
     assert log(tmp_path)[0]["ratio_error"] > 1e-3
-    assert log(tmp_path)[0]["drift"] > 0
+    assert [line["step"] for line in log(tmp_path, "watch")] == [0, 1]
+    assert [line["drift"] > 0 for line in log(tmp_path, "watch")] == [False, True]
 
 
 def test_a_first_step_that_cannot_teach_is_refused(base, tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ def finished(base, tmp_path_factory) -> Path:
 
 
 def rewards(out: Path) -> list[float]:
+    """Of every step, and of the starts that are watched."""
     return [json.loads(line)["reward"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
