@@ -317,7 +317,7 @@ class FlowVLA(nn.Module):
             statistics = Statistics.load(folder / STATISTICS, STATISTICS_KEY)
             with torch.random.fork_rng(devices=[]):
                 model = cls(_read_shape(document["policy"], kind, folder), statistics)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{folder} does not describe a policy: {error!r}") from None

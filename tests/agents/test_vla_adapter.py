@@ -137,6 +137,18 @@ def test_what_is_seen_asked_and_queried_matters(policy, config):
     assert not torch.allclose(changed(pictures(), INSTRUCTIONS), tokens, atol=1e-2)
 
 
+def test_every_weight_that_is_trained_has_a_gradient(config):
+    encoder = small.policy(config, lively=0.3).encoder
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = encoder(pictures(), INSTRUCTIONS)
+    assert tokens.dtype == torch.float32
+    tokens.square().sum().backward()
+    trained = {name: w for name, w in encoder.named_parameters() if w.requires_grad}
+    assert all(weight.grad is not None for weight in trained.values())
+    queries = trained["action_queries.weight"].grad.abs().sum(dim=1)
+    assert (queries > 0).tolist() == [True, True, False]
+
+
 def test_the_prompt_is_that_of_training(policy):
     ids = policy.encoder.prompt_ids("Open the DRAWER")
     words = policy.encoder.tokenizer().convert_ids_to_tokens(ids)
