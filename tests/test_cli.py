@@ -74,6 +74,13 @@ def test_help_of_a_command_names_every_option(name, wmgym):
         assert field.name.replace("_", "-") in out
 
 
+def test_a_preset_of_the_policy_has_the_options_of_its_encoder(wmgym):
+    for preset, option in (("small", "buckets"), ("vla-adapter", "tokenizer")):
+        code, out, _ = wmgym("sft", "--preset", preset, "--help")
+        assert code == 0
+        assert f"--policy.encoder.{option}" in out
+
+
 def test_audits_of_the_command_line_and_of_the_library_have_the_same_defaults():
     theirs = {field.name: field.default for field in dataclasses.fields(AuditConfig)}
     ours = {field.name: field.default for field in dataclasses.fields(cli.Audit)}

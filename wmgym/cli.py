@@ -61,10 +61,15 @@ def _score() -> None:
 
 def _sft() -> None:
     """Train a policy on demonstrations; resumes when the run's folder holds a checkpoint."""
+    from wmgym_agents.policy import PRESETS
     from wmgym_agents.sft import SFTConfig, sft
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(f"trained {sft(_options(SFTConfig))}")
+    presets = {
+        name: SFTConfig(data=tyro.MISSING, out=tyro.MISSING, policy=policy)
+        for name, policy in PRESETS.items()
+    }
+    print(f"trained {sft(_options(SFTConfig, presets))}")
 
 
 def _rft() -> None:
@@ -297,7 +302,14 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
         if preset not in presets:
             raise ValueError(f"--preset {preset}: allowed are {', '.join(presets)}")
         default = {"default": presets[preset]}
-    return tyro.cli(kind, prog=f"wmgym {name}", description=description, args=given, **default)
+    return tyro.cli(
+        kind,
+        prog=f"wmgym {name}",
+        description=description,
+        args=given,
+        config=(tyro.conf.AvoidSubcommands,),  # of several shapes, that of the defaults
+        **default,
+    )
 
 
 def _usage() -> str:

@@ -212,7 +212,7 @@ def split_caches(
     data: Sequence[Path],
     folder: Path,
     *,
-    image_size: int,
+    image_size: int | None,
     validation_states: Sequence[int],
     here: Processes,
     progress: bool,
@@ -223,7 +223,7 @@ def split_caches(
     Args:
         data: Folders of LeRobot v3 datasets.
         folder: Where the decoded frames go.
-        image_size: Height and width, pixels.
+        image_size: Height and width, pixels; None keeps those of the data.
         validation_states: Initial states of the validation episodes.
         here: The processes of the run.
         progress: Show a progress bar.
@@ -253,7 +253,7 @@ def split_caches(
             FrameCache.build(
                 datasets,
                 folder / name,
-                image_size=(image_size, image_size),
+                image_size=None if image_size is None else (image_size, image_size),
                 episode_filter=chosen,
                 progress=progress,
             )

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class EncoderConfig:
     blocks: tuple[int, ...] = (1, 1, 2)
     buckets: int = 4096
 
+    resizes: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if len(self.blocks) != len(self.widths) or not self.widths:
             raise ValueError(f"blocks={self.blocks}: one number for each of widths={self.widths}")
@@ -57,6 +60,12 @@ class EncoderConfig:
     def stride(self) -> int:
         """Pixels from one token to the next."""
         return 2 ** (len(self.widths) + 1)
+
+    @classmethod
+    def from_dict(cls, shape: dict[str, Any]) -> EncoderConfig:
+        """The configuration that `dataclasses.asdict` made `shape` of."""
+        rows = {name: tuple(shape[name]) for name in ("widths", "blocks")}
+        return cls(**{**shape, **rows})
 
 
 def hashed_pieces(text: str, buckets: int) -> list[int]:

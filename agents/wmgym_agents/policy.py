@@ -5,6 +5,11 @@ actions under them; the statistics of the demonstrations turn these into the env
 folder holds all of it, `config.json`, `model.safetensors` and `dataset_statistics.json`, whether it
 was written by supervised fine-tuning or by RL.
 
+Two presets share everything but the encoder: `small` is trained from nothing on a laptop,
+`vla-adapter` has the shape of the released VLA-RFT, whose files `wmgym_agents.published` loads. It
+resizes pictures of any size to its own, bicubic with antialiasing, before they are cropped: the
+released evaluation resizes with Lanczos's filter, which PyTorch lacks.
+
 An observation is a dict with `image` uint8 `(B, H, W, 3)`, `proprio` float `(B, 8)` and
 `instruction`, `B` sentences. The environments give the first two and `info["instruction"]`.
 """
@@ -16,13 +21,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wmgym.assets import asset_path
 from wmgym.data.statistics import Statistics, VectorStatistics
@@ -32,10 +38,12 @@ from wmgym_agents.augment import center_crop
 from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
 from wmgym_agents.encoder import EncoderConfig, SmallEncoder
 from wmgym_agents.flow_head import FlowHead, HeadConfig
+from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 FAMILY = "wmgym-flow-vla"
 CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "dataset_statistics.json"
 STATISTICS_KEY = "wmgym"
+TOKENIZER = "tokenizer"
 
 SMALL_HEAD = HeadConfig(context=256, embed=32, width=192, depth=3, heads=6, dropout=0.0)
 SMALL_CHAIN = ChainConfig(steps=5)
@@ -57,17 +65,31 @@ class PolicyConfig:
         encoder: Shape of the encoder.
         head: Shape of the flow head; `context` is the encoder's width.
         chain: How actions are denoised.
+        gripper: What the head calls the gripper: "libero" is -1 open and 1 closed as in the
+            environment, "published" is 1 open and 0 closed as in the released VLA-RFT.
     """
 
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderConfig | VLAAdapterConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = SMALL_HEAD
     chain: ChainConfig = SMALL_CHAIN
+    gripper: Literal["libero", "published"] = "libero"
 
     def __post_init__(self) -> None:
         if self.head.context != self.encoder.width:
             raise ValueError(
                 f"head.context={self.head.context}: must be encoder.width={self.encoder.width}"
             )
+        if self.gripper not in ("libero", "published"):
+            raise ValueError(f"gripper={self.gripper!r}: allowed are 'libero' and 'published'")
+
+
+PRESETS = {
+    "small": PolicyConfig(),
+    "vla-adapter": PolicyConfig(
+        VLAAdapterConfig(), HeadConfig(), ChainConfig(), gripper="published"
+    ),
+}
+"""Shapes by name."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +106,20 @@ class Encoded:
 
 
 class _Scale(nn.Module):
-    """Maps the 1st and 99th percentile to -1 and 1 (BOUNDS_Q99), on tensors."""
+    """Maps the 1st and 99th percentile to -1 and 1 (BOUNDS_Q99), on tensors.
 
-    def __init__(self, statistics: VectorStatistics) -> None:
+    With `open_is_one`, the last entry is a gripper: -1 and 1 become 1 and 0.
+    """
+
+    def __init__(self, statistics: VectorStatistics, *, open_is_one: bool = False) -> None:
         super().__init__()
         s = statistics
         constant = s.min == s.max
         low = np.where(s.mask, s.q01, -1.0)
         high = np.where(s.mask, s.q99, 1.0)
         low, high = np.where(constant, s.min - 1, low), np.where(constant, s.min + 1, high)
+        if open_is_one:
+            low[-1], high[-1] = 3.0, -1.0
         self.register_buffer("low", torch.tensor(low, dtype=torch.float32), persistent=False)
         self.register_buffer("high", torch.tensor(high, dtype=torch.float32), persistent=False)
 
@@ -116,15 +143,16 @@ class FlowVLA(nn.Module):
     def __init__(self, config: PolicyConfig, statistics: Statistics) -> None:
         super().__init__()
         self.config, self.statistics = config, statistics
-        self.encoder = SmallEncoder(config.encoder)
+        self.encoder = _encoder(config.encoder)
         self.head = FlowHead(config.head)
-        self.action_scale = _Scale(statistics.action)
+        published = config.gripper == "published"
+        self.action_scale = _Scale(statistics.action, open_is_one=published)
         self.proprio_scale = _Scale(statistics.proprio)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.encoder.position.device
+        return self.head.action_head.temp_embed.device
 
     def encode(self, observation: Observation) -> Encoded:
         """Tokens and normalised proprioception of `B` observations.
@@ -136,10 +164,11 @@ class FlowVLA(nn.Module):
         proprio = torch.as_tensor(observation["proprio"], device=self.device).float()
         instruction = observation["instruction"]
         size = self.config.encoder.image_size
-        if image.dtype != torch.uint8 or image.shape[1:] != (size, size, 3):
+        sizes = image.shape[1:3] if self.config.encoder.resizes else (size, size)
+        if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1:] != (*sizes, 3):
+            expected = "H, W" if self.config.encoder.resizes else f"{size}, {size}"
             raise ValueError(
-                f"image is {image.dtype} {tuple(image.shape)}, "
-                f"expected uint8 (B, {size}, {size}, 3)"
+                f"image is {image.dtype} {tuple(image.shape)}, expected uint8 (B, {expected}, 3)"
             )
         if proprio.shape != (len(image), PROPRIO_DIM):
             raise ValueError(
@@ -147,9 +176,15 @@ class FlowVLA(nn.Module):
             )
         if isinstance(instruction, str) or len(instruction) != len(image):
             raise ValueError(f"instruction must be a sequence of {len(image)} sentences")
-        return self.encode_pixels(
-            center_crop(image.movedim(-1, 1).float() / 255), proprio, instruction
-        )
+        pixels = self.resized(image.movedim(-1, 1).float() / 255)
+        return self.encode_pixels(center_crop(pixels), proprio, instruction)
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Pictures `(B, 3, H, W)` in [0, 1] at the size of an encoder that has pictures resized."""
+        size = (self.config.encoder.image_size,) * 2
+        if not self.config.encoder.resizes or pixels.shape[2:] == size:
+            return pixels
+        return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def encode_pixels(self, pixels: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Encoded:
         """As `encode`, of pictures `(B, 3, H, W)` in [0, 1] that are cropped already."""
@@ -244,13 +279,18 @@ class FlowVLA(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        shape = dataclasses.asdict(self.config)
+        if isinstance(self.encoder, VLAAdapterEncoder):
+            self.encoder.save_tokenizer(folder / TOKENIZER)
+            shape["encoder"]["tokenizer"] = TOKENIZER
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         part = folder / f"{WEIGHTS}.part"
         save_file(tensors, part, metadata={"format": "pt"})
         part.chmod(0o644)
         part.replace(folder / WEIGHTS)
         self.statistics.save(folder / STATISTICS, STATISTICS_KEY)
-        config = {"family": FAMILY, "policy": dataclasses.asdict(self.config), **described}
+        kind = next(kind for kind, of in _KINDS.items() if isinstance(self.config.encoder, of))
+        config = {"family": FAMILY, "encoder": kind, "policy": shape, **described}
         part = folder / f"{CONFIG}.part"
         part.write_text(json.dumps(config, indent=2) + "\n")
         part.replace(folder / CONFIG)
@@ -271,13 +311,18 @@ class FlowVLA(nn.Module):
             document = json.loads(path.read_text())
             if document["family"] != FAMILY:
                 raise CheckpointError(f"{path} says family={document['family']!r}, not {FAMILY!r}")
+            kind = document.get("encoder", "small")
+            if kind not in _KINDS:
+                raise CheckpointError(f"{path} says encoder={kind!r}; allowed are {list(_KINDS)}")
             statistics = Statistics.load(folder / STATISTICS, STATISTICS_KEY)
             with torch.random.fork_rng(devices=[]):
-                model = cls(_read_shape(document["policy"]), statistics)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+                model = cls(_read_shape(document["policy"], kind, folder), statistics)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{folder} does not describe a policy: {error!r}") from None
+        if isinstance(model.encoder, VLAAdapterEncoder):
+            model.encoder.tokenizer()
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 
@@ -298,12 +343,25 @@ def policy_folder(policy: str | Path) -> Path:
     )
 
 
-def _read_shape(shape: dict[str, Any]) -> PolicyConfig:
+_KINDS: dict[str, type[EncoderConfig | VLAAdapterConfig]] = {
+    "small": EncoderConfig,
+    "vla-adapter": VLAAdapterConfig,
+}
+
+
+def _encoder(config: EncoderConfig | VLAAdapterConfig) -> SmallEncoder | VLAAdapterEncoder:
+    if isinstance(config, VLAAdapterConfig):
+        return VLAAdapterEncoder(config)
+    return SmallEncoder(config)
+
+
+def _read_shape(shape: dict[str, Any], kind: str, folder: Path) -> PolicyConfig:
     encoder, head = shape["encoder"], shape["head"]
+    if kind == "vla-adapter":
+        encoder = {**encoder, "tokenizer": str(folder / encoder["tokenizer"])}
     return PolicyConfig(
-        encoder=EncoderConfig(
-            **{**encoder, "widths": tuple(encoder["widths"]), "blocks": tuple(encoder["blocks"])}
-        ),
+        encoder=_KINDS[kind].from_dict(encoder),
         head=HeadConfig(**{**head, "sigma": tuple(head["sigma"])}),
         chain=ChainConfig(**shape["chain"]),
+        gripper=shape.get("gripper", "libero"),
     )

@@ -206,10 +206,11 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here, contextlib.ExitStack() as opened:
         run = new_run(config, here.device)
+        encoder = run.model.config.encoder
         train_cache, validation_cache = split_caches(
             config.data,
             config.out / "cache",
-            image_size=run.model.config.encoder.image_size,
+            image_size=None if encoder.resizes else encoder.image_size,
             validation_states=config.validation_states,
             here=here,
             progress=progress,
@@ -261,7 +262,8 @@ def _step(
         torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16),
     ):
         torch.manual_seed(key)
-        loss = objective(random_view(pixels, generator), proprio, instruction, actions, generator)
+        view = random_view(run.model.resized(pixels), generator)
+        loss = objective(view, proprio, instruction, actions, generator)
     norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     return {
         "flow_loss": float(here.mean(loss.detach())),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} is missing") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    check_fit(model.state_dict(), tensors, str(path))
+    model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in tensors.items()})
+
+
+def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Checks that tensors have exactly the names and shapes of weights, and finite values.
+
+    Args:
+        weights: What is to be filled.
+        tensors: What was read.
+        source: Where it was read from, for the message.
+
+    Raises:
+        CheckpointError: They differ; the message says where.
+    """
+    expected = {name: tuple(t.shape) for name, t in weights.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         missing = sorted(expected.keys() - found.keys())[:5]
@@ -140,12 +156,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             if expected[k] != found[k]
         ][:5]
         raise CheckpointError(
-            f"{path} does not fit its config: missing {missing}, unknown {unknown}, shapes {other}"
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, "
+            f"shapes {other}"
         )
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
-        raise CheckpointError(f"{path} has NaN or infinity in {broken[:5]}")
-    model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in tensors.items()})
+        raise CheckpointError(f"{source} has NaN or infinity in {broken[:5]}")
 
 
 def shipped_worlds() -> list[str]:
