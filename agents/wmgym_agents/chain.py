@@ -11,6 +11,10 @@ chain with Gaussian steps whose log-density is exact. Two ways:
   stochastic differential equation that has the marginals of the flow, the others are deterministic:
   `dx = (-u + g^2/2 score) dt + g dw`, `score = -(x + t u) / (1 - t)`, `g^2 = a^2 (1 - t) / t`.
 
+With `modes=m` the noise of a step is smooth over the chunk: only the first `m` cosines of its `T`
+steps (DCT-II) are disturbed, and a chain's density is that of these `m x 7` coefficients. White
+noise mostly jitters, which the world hardly shows; two modes push a chunk aside and bend it.
+
 `_distribution` is the one place that says what a step does; `sample` and `log_prob` both call it,
 in float32. The density of the first noise does not depend on the policy and is left out.
 """
@@ -42,15 +46,19 @@ class ChainConfig:
         steps: Denoising steps `K`.
         noise: Where the chain is random; `"none"` integrates the flow from the first noise.
         sde_level: `a` of `flow_sde`, the size of its noise.
+        modes: Temporal modes of a chunk that are disturbed; None means white noise.
     """
 
     steps: int = 10
     noise: Noise = "sigma_net"
     sde_level: float = 0.7
+    modes: int | None = None
 
     def __post_init__(self) -> None:
         if self.noise == "flow_sde" and self.steps < 2:
             raise ValueError(f"steps={self.steps}: flow_sde needs 2 or more")
+        if self.modes is not None and self.modes < 1:
+            raise ValueError(f"modes={self.modes}: allowed are 1 to the steps of a chunk, or None")
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Chain:
     Attributes:
         states: `(B, K + 1, T, 7)` from noise to normalised actions.
         random: `(B, S)` int64, numbers of the steps that were random.
-        density: `(B, T, 7)` their log-densities when they were drawn, summed over the steps.
+        density: `(B, M, 7)` their log-densities when they were drawn, summed over the steps; `M`
+            is the number of modes, `T` for white noise.
     """
 
     states: Tensor
@@ -98,6 +107,26 @@ def _distribution(
     raise ValueError(f"noise={config.noise!r} has no distribution; allowed: {NOISES}")
 
 
+def _basis(config: ChainConfig, like: Tensor) -> Tensor:
+    """Orthonormal columns `(T, M)` in which a chunk `like` `(..., T, 7)` is disturbed."""
+    steps = like.shape[-2]
+    if config.modes is None:
+        return torch.eye(steps, dtype=like.dtype, device=like.device)
+    if config.modes > steps:
+        raise ValueError(f"modes={config.modes}: a chunk of {steps} steps has no more than those")
+    place = torch.arange(steps, dtype=like.dtype, device=like.device) + 0.5
+    number = torch.arange(config.modes, dtype=like.dtype, device=like.device)
+    waves = torch.cos(math.pi / steps * place[:, None] * number)
+    return waves / waves.norm(dim=0)
+
+
+def _coefficients(config: ChainConfig, basis: Tensor, log_sigma: Tensor) -> Normal:
+    """Distribution of the coefficients `(B, M, 7)` of a step's noise."""
+    if config.modes is not None:
+        log_sigma = log_sigma.mean(dim=-2, keepdim=True).expand(-1, config.modes, -1)
+    return Normal(torch.zeros_like(log_sigma), log_sigma.exp())
+
+
 @torch.no_grad()
 def sample(
     head: FlowHead,
@@ -107,6 +136,7 @@ def sample(
     *,
     group_size: int,
     generator: torch.Generator | Sequence[torch.Generator],
+    first: Tensor | None = None,
 ) -> Chain:
     """Draws `group_size` chains for every observation.
 
@@ -119,6 +149,8 @@ def sample(
         generator: Source of the noise, on the CPU, or one per observation. A single one is read
             observation by observation, so what the first ones get does not depend on how many
             follow.
+        first: `(B, T, 7)` the noise that the members of an observation all start from; None draws
+            one for each.
 
     Returns:
         `B * G` chains, those of an observation in a row.
@@ -140,17 +172,19 @@ def sample(
         random = torch.arange(every).expand(count, -1)
     random = random.to(context.device)
 
-    x = noise[:, 0]
-    states, density = [x], torch.zeros_like(x)
+    x = noise[:, 0] if first is None else first.to(noise).repeat_interleave(group_size, 0)
+    basis = _basis(config, x)
+    states, density = [x], x.new_zeros(count, basis.shape[1], ACTION_DIM)
     for number in range(config.steps):
         k = torch.full((count,), number, device=x.device)
         t = k.to(x.dtype) / config.steps
         noisy = (random == number).any(dim=1)
         if noisy.any():
             mean, log_sigma = _distribution(head, config, x, k, context, proprio)
-            drawn = mean + log_sigma.exp() * noise[:, number + 1]
-            likely = Normal(mean, log_sigma.exp()).log_prob(drawn)
-            density += torch.where(noisy[:, None, None], likely, 0.0)
+            spread = _coefficients(config, basis, log_sigma)
+            push = spread.scale * noise[:, number + 1, : basis.shape[1]]
+            drawn = mean + basis @ push
+            density += torch.where(noisy[:, None, None], spread.log_prob(push), 0.0)
         if noisy.all():
             x = drawn
         else:
@@ -175,7 +209,7 @@ def log_prob(
         proprio: `(b, 8)` normalised proprioception.
 
     Returns:
-        `(B, T, 7)` log-densities, summed over the random steps, and `(B, T, 7)` entropies, averaged
+        `(B, M, 7)` log-densities, summed over the random steps, and `(B, M, 7)` entropies, averaged
         over them.
 
     Raises:
@@ -190,7 +224,9 @@ def log_prob(
     x = chain.states[rows, chain.random].flatten(0, 1)
     after = chain.states[rows, chain.random + 1].flatten(0, 1)
     mean, log_sigma = _distribution(head, config, x, chain.random.flatten(), context, proprio)
-    step = Normal(mean, log_sigma.exp())
-    density = step.log_prob(after).unflatten(0, (count, random_steps)).sum(dim=1)
-    entropy = step.entropy().unflatten(0, (count, random_steps)).mean(dim=1)
+    basis = _basis(config, mean)
+    spread = _coefficients(config, basis, log_sigma)
+    likely = spread.log_prob(basis.T @ (after - mean))
+    density = likely.unflatten(0, (count, random_steps)).sum(dim=1)
+    entropy = spread.entropy().unflatten(0, (count, random_steps)).mean(dim=1)
     return density, entropy

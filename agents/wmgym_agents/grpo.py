@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import wmgym
 from wmgym.distributed import Processes, processes
 from wmgym.envs.vector import WorldModelVectorEnv
+from wmgym.spaces import ACTION_DIM
 from wmgym.training import Log, Run, check_finite, seed_of, settings_of
 from wmgym_agents.chain import NOISES, Chain, Noise
 from wmgym_agents.objective import (
@@ -73,6 +74,9 @@ class GRPOConfig:
         members: Chunks drawn at a start, the group.
         chunks: Chunks of a rollout.
         noise: Where the policy is random: "sigma_net", "noise_head" or "flow_sde".
+        modes: Temporal modes of a chunk that are disturbed; None means white noise.
+        shared_start: Members of a group denoise from the same first noise; otherwise most of what
+            their rewards differ by comes from it, and is nothing that a density tells of.
         advantage: How a member compares with its group.
         clip: Bounds of the policy loss.
         epochs: Optimizer steps on every batch.
@@ -106,6 +110,8 @@ class GRPOConfig:
     members: int = 16
     chunks: int = 1
     noise: Noise = "sigma_net"
+    modes: int | None = None
+    shared_start: bool = False
     advantage: Advantage = "mean_std"
     clip: ClipConfig = field(default_factory=ClipConfig)
     epochs: int = 1
@@ -187,7 +193,7 @@ class GRPO:
             )
         self.config, self.here = config, here
         policy = FlowVLA.from_pretrained(config.policy).to(here.device).requires_grad_(False)
-        chain = dataclasses.replace(policy.config.chain, noise=config.noise)
+        chain = dataclasses.replace(policy.config.chain, noise=config.noise, modes=config.modes)
         policy.config = dataclasses.replace(policy.config, chain=chain)
         self.policy = policy
         self.modules = dict(policy.head.named_children())
@@ -269,7 +275,11 @@ class GRPO:
             share = config.members if number == 0 else 1
             encoded = self.policy.encode(observation(seen, info, share))
             one_each = [s for s in sources for _ in range(config.members // share)]
-            actions, chain = self.policy.sample(encoded, share, one_each)
+            first = None
+            if config.shared_start:
+                each = [torch.randn(self.chunk, ACTION_DIM, generator=s) for s in sources]
+                first = torch.stack(each).repeat_interleave(config.members // share, 0)
+            actions, chain = self.policy.sample(encoded, share, one_each, first)
             reference = torch.as_tensor(info["reference_action"], device=self.here.device)
             decisions.append(Decision(encoded, chain, reference.float()))
             seen, reward, _, _, info = self.envs.step(actions.flatten(0, 1))

@@ -87,8 +87,8 @@ def policy_loss(
     """Clipped policy loss.
 
     Args:
-        new: `(N, T, 7)` log-densities under the policy that is trained.
-        old: `(N, T, 7)` log-densities under the policy that drew the chunks.
+        new: `(N, M, 7)` log-densities under the policy that is trained.
+        old: `(N, M, 7)` log-densities under the policy that drew the chunks.
         advantage: `(N,)`.
         clip: Bounds.
 

@@ -195,6 +195,7 @@ class FlowVLA(nn.Module):
         observation: Observation | Encoded,
         group_size: int,
         generator: torch.Generator | Sequence[torch.Generator],
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Chain]:
         """Draws chunks.
 
@@ -202,6 +203,7 @@ class FlowVLA(nn.Module):
             observation: `B` observations, or what `encode` made of them.
             group_size: Chunks per observation, `G`.
             generator: Source of the noise, on the CPU, or one per observation.
+            first: `(B, T, 7)` first noise of all members of an observation, or None.
 
         Returns:
             Actions `(B, G, T, 7)` for the environment, and the `B * G` chains they came from.
@@ -214,11 +216,12 @@ class FlowVLA(nn.Module):
             seen.proprio,
             group_size=group_size,
             generator=generator,
+            first=first,
         )
         return self.executed(chain.actions).unflatten(0, (-1, group_size)), chain
 
     def log_prob(self, observation: Observation | Encoded, chain: Chain) -> tuple[Tensor, Tensor]:
-        """Log-densities and entropies of chains, `(B * G, T, 7)` each."""
+        """Log-densities and entropies of chains, `(B * G, M, 7)` each."""
         seen = self._encoded(observation)
         return log_prob(self.head, self.config.chain, chain, seen.tokens, seen.proprio)
 
