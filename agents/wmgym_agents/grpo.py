@@ -86,6 +86,7 @@ class GRPOConfig:
         learning_rate: Of head and projectors.
         sigma_learning_rate: Of sigma-net or noise head.
         warmup: Steps of linear warm-up, of the first only.
+        decay: Lower the learning rates linearly to 0 over the run.
         weight_decay: Of AdamW.
         max_norm: Largest norm of the gradient, of each module for itself.
         micro_starts: Starts whose chunks are differentiated at once; bounds memory.
@@ -121,6 +122,7 @@ class GRPOConfig:
     learning_rate: float = 1e-6
     sigma_learning_rate: float = 1e-5
     warmup: int = 10
+    decay: bool = False
     weight_decay: float = 0.01
     max_norm: float = 1.0
     micro_starts: int = 4
@@ -275,11 +277,11 @@ class GRPO:
             share = config.members if number == 0 else 1
             encoded = self.policy.encode(observation(seen, info, share))
             one_each = [s for s in sources for _ in range(config.members // share)]
-            first = None
+            common = None
             if config.shared_start:
                 each = [torch.randn(self.chunk, ACTION_DIM, generator=s) for s in sources]
-                first = torch.stack(each).repeat_interleave(config.members // share, 0)
-            actions, chain = self.policy.sample(encoded, share, one_each, first)
+                common = torch.stack(each).repeat_interleave(config.members // share, 0)
+            actions, chain = self.policy.sample(encoded, share, one_each, common)
             reference = torch.as_tensor(info["reference_action"], device=self.here.device)
             decisions.append(Decision(encoded, chain, reference.float()))
             seen, reward, _, _, info = self.envs.step(actions.flatten(0, 1))
@@ -319,9 +321,11 @@ class GRPO:
             Figures by name.
         """
         config = self.config
-        warm = min(1.0, (self.run.step + 1) / config.warmup) if config.warmup else 1.0
+        factor = min(1.0, (self.run.step + 1) / config.warmup) if config.warmup else 1.0
+        if config.decay:
+            factor *= 1 - self.run.step / config.steps
         for group, rate in zip(self.run.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm
+            group["lr"] = rate * factor
         self.run.optimizer.zero_grad(set_to_none=True)
         figures: dict[str, list[float]] = {}
         parts = list(self._micro(decisions))
