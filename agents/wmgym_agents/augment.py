@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wmgym_agents.noise import Source, rows
+
 CROP_AREA = 0.9
 BRIGHTNESS = 0.2
 CONTRAST = 0.2
@@ -26,14 +28,14 @@ def center_crop(pixels: Tensor) -> Tensor:
     return _crop(pixels, pixels.new_zeros(len(pixels), 2))
 
 
-def random_view(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def random_view(pixels: Tensor, generator: Source) -> Tensor:
     """Randomly cropped and coloured pictures `(B, 3, H, W)` in [0, 1].
 
     Args:
         pixels: `(B, 3, H, W)` in [0, 1].
-        generator: Source of the randomness, on the CPU.
+        generator: Source of the randomness of every picture.
     """
-    draws = (torch.rand(len(pixels), 6, generator=generator) * 2 - 1).to(pixels.device)
+    draws = (rows(torch.rand, len(pixels), (6,), generator) * 2 - 1).to(pixels)
     shift, bright, contrast, saturation, hue = draws.split([2, 1, 1, 1, 1], dim=1)
     x = _crop(pixels, shift)
     x = x + BRIGHTNESS * bright[..., None, None]

@@ -22,7 +22,6 @@ in float32. The density of the first noise does not depend on the policy and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +31,7 @@ from torch.distributions import Normal
 
 from wmgym.spaces import ACTION_DIM
 from wmgym_agents.flow_head import FlowHead
+from wmgym_agents.noise import Source, rows
 
 Noise = Literal["none", "sigma_net", "noise_head", "flow_sde"]
 NOISES: tuple[Noise, ...] = ("sigma_net", "noise_head", "flow_sde")
@@ -135,7 +135,7 @@ def sample(
     proprio: Tensor,
     *,
     group_size: int,
-    generator: torch.Generator | Sequence[torch.Generator],
+    generator: Source,
     first: Tensor | None = None,
 ) -> Chain:
     """Draws `group_size` chains for every observation.
@@ -146,27 +146,20 @@ def sample(
         context: `(B, N, D)` tokens of the observations.
         proprio: `(B, 8)` normalised proprioception.
         group_size: Chains per observation, `G`.
-        generator: Source of the noise, on the CPU, or one per observation. A single one is read
-            observation by observation, so what the first ones get does not depend on how many
-            follow.
+        generator: Source of the noise of every observation.
         first: `(B, T, 7)` the noise that the members of an observation all start from; None draws
             one for each.
 
     Returns:
         `B * G` chains, those of an observation in a row.
     """
-    draws, steps = [], []
-    if isinstance(generator, torch.Generator):
-        generator = [generator] * len(context)
-    for source in generator:
-        shape = (group_size, config.steps + 1, head.config.chunk, ACTION_DIM)
-        draws.append(torch.randn(shape, generator=source))
-        if config.noise == "flow_sde":
-            steps.append(torch.randint(1, config.steps, (1,), generator=source))
-    noise = torch.cat(draws).to(context.device)
+    shape = (group_size, config.steps + 1, head.config.chunk, ACTION_DIM)
+    noise = rows(torch.randn, len(context), shape, generator).flatten(0, 1).to(context.device)
     count = len(noise)
     if config.noise == "flow_sde":
-        random = torch.stack(steps).repeat_interleave(group_size, 0)
+        which = rows(torch.rand, len(context), (1,), generator)
+        random = 1 + (which * (config.steps - 1)).long().clamp(max=config.steps - 2)
+        random = random.repeat_interleave(group_size, 0)
     else:
         every = 0 if config.noise == "none" else config.steps
         random = torch.arange(every).expand(count, -1)

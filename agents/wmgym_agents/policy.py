@@ -38,6 +38,7 @@ from wmgym_agents.augment import center_crop
 from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
 from wmgym_agents.encoder import EncoderConfig, SmallEncoder
 from wmgym_agents.flow_head import FlowHead, HeadConfig
+from wmgym_agents.noise import Source, rows
 from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 FAMILY = "wmgym-flow-vla"
@@ -194,7 +195,7 @@ class FlowVLA(nn.Module):
         self,
         observation: Observation | Encoded,
         group_size: int,
-        generator: torch.Generator | Sequence[torch.Generator],
+        generator: Source,
         first: Tensor | None = None,
     ) -> tuple[Tensor, Chain]:
         """Draws chunks.
@@ -202,7 +203,7 @@ class FlowVLA(nn.Module):
         Args:
             observation: `B` observations, or what `encode` made of them.
             group_size: Chunks per observation, `G`.
-            generator: Source of the noise, on the CPU, or one per observation.
+            generator: Source of the noise of every observation.
             first: `(B, T, 7)` first noise of all members of an observation, or None.
 
         Returns:
@@ -242,9 +243,13 @@ class FlowVLA(nn.Module):
         return self.executed(chain.actions).cpu().numpy()
 
     def flow_loss(
-        self, observation: Observation | Encoded, actions: Tensor, generator: torch.Generator
+        self,
+        observation: Observation | Encoded,
+        actions: Tensor,
+        generator: Source,
+        draws: int = 1,
     ) -> Tensor:
-        """Squared error `(B, T, 7)` of the flow at random times of recorded chunks.
+        """Squared error `(B * draws, T, 7)` of the flow at random times of recorded chunks.
 
         Times are drawn as in the released VLA-RFT, `0.999 g / (g + h) + 0.001` with
         `g = U^(1/1.5)` and `h` uniform: a little more of them near the data.
@@ -252,12 +257,14 @@ class FlowVLA(nn.Module):
         Args:
             observation: `B` observations, or what `encode` made of them.
             actions: `(B, T, 7)` recorded chunks, in the environment's units.
-            generator: Source of noise and times, on the CPU.
+            generator: Source of noise and times of every chunk.
+            draws: Times and noises per chunk.
         """
         seen = self._encoded(observation)
-        target = self.action_scale.to_unit(actions)
-        noise = torch.randn(target.shape, generator=generator).to(target.device)
-        g, h = torch.rand(2, len(target), generator=generator).to(target.device)
+        target = self.action_scale.to_unit(actions).repeat_interleave(draws, 0)
+        each = (draws, *target.shape[1:])
+        noise = rows(torch.randn, len(actions), each, generator).flatten(0, 1).to(target)
+        g, h = rows(torch.rand, len(actions), (draws, 2), generator).flatten(0, 1).to(target).T
         g = g ** (1 / 1.5)
         t = 0.999 * g / (g + h) + 0.001
         at = t[:, None, None]

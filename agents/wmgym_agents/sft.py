@@ -135,11 +135,10 @@ class _Objective(nn.Module):
         proprio: Tensor,
         instruction: list[str],
         actions: Tensor,
-        generator: torch.Generator,
+        generators: list[torch.Generator],
     ) -> Tensor:
         seen = self.model.encode_pixels(pixels, proprio, instruction)
-        actions = actions.repeat_interleave(self.draws, 0)
-        return self.model.flow_loss(seen, actions, generator).mean()
+        return self.model.flow_loss(seen, actions, generators, self.draws).mean()
 
 
 def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
@@ -253,17 +252,18 @@ def _step(
             f"batch_size={config.batch_size} is not a multiple of the {here.size} processes"
         )
     rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
+    places = range(config.batch_size)[here.rank :: here.size]
     rows = examples.sampler.indices(run.step, config.batch_size)[here.rank :: here.size]
-    key = seed_of(config.seed, run.step, here.rank)
-    generator = torch.Generator().manual_seed(key)
+    seeds = [seed_of(config.seed, run.step, place) for place in places]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pixels, proprio, instruction, actions = examples.gather(rows)
     with (
         torch.random.fork_rng(),  # dropout knows no other source
         torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16),
     ):
-        torch.manual_seed(key)
-        view = random_view(run.model.resized(pixels), generator)
-        loss = objective(view, proprio, instruction, actions, generator)
+        torch.manual_seed(seeds[0])
+        view = random_view(run.model.resized(pixels), generators)
+        loss = objective(view, proprio, instruction, actions, generators)
     norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     return {
         "flow_loss": float(here.mean(loss.detach())),

@@ -65,7 +65,7 @@ def test_it_finds_the_known_answer(noise, chunks, base, tmp_path):
     settings = config(
         base,
         tmp_path,
-        steps=50 if noise == "flow_sde" else 80,  # its noise dies out with what is left to learn
+        steps=50 if noise == "flow_sde" else 120,  # its noise dies out with what is left to learn
         starts=2,
         members=16,
         chunks=chunks,
