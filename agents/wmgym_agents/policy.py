@@ -228,10 +228,22 @@ class FlowVLA(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, observation: Observation | Encoded, generator: torch.Generator
+        self,
+        observation: Observation | Encoded,
+        generator: Source,
+        temperature: float = 1.0,
     ) -> NDArray[np.float32]:
-        """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment."""
+        """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment.
+
+        Args:
+            observation: `B` observations, or what `encode` made of them.
+            generator: Source of the first noise of every observation.
+            temperature: Size of the first noise: 1 draws from the flow as it was trained, 0 always
+                returns the chunk at its centre.
+        """
         seen = self._encoded(observation)
+        shape = (self.config.head.chunk, ACTION_DIM)
+        first = temperature * rows(torch.randn, len(seen.tokens), shape, generator)
         chain = sample(
             self.head,
             dataclasses.replace(self.config.chain, noise="none"),
@@ -239,6 +251,7 @@ class FlowVLA(nn.Module):
             seen.proprio,
             group_size=1,
             generator=generator,
+            first=first,
         )
         return self.executed(chain.actions).cpu().numpy()
 

@@ -128,3 +128,18 @@ def test_damaged_and_foreign_policies_are_refused(tmp_path):
         spoil(folder)
         with pytest.raises(CheckpointError, match=said):
             FlowVLA.from_pretrained(folder)
+
+
+def test_at_temperature_zero_the_seed_decides_nothing():
+    policy, seen = small.policy(), small.observation(2)
+    chunks = {
+        temperature: [
+            policy.act(seen, torch.Generator().manual_seed(seed), temperature) for seed in (0, 1)
+        ]
+        for temperature in (0.0, 0.5, 1.0)
+    }
+    np.testing.assert_array_equal(*chunks[0.0])
+    apart = [np.abs(one - other).mean() for one, other in chunks.values()]
+    assert 0 == apart[0] < apart[1] < apart[2]
+    alone = policy.act(seen, [torch.Generator().manual_seed(seed) for seed in (0, 0)])
+    assert alone.shape == (2, 4, 7)
