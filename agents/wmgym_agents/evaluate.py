@@ -73,6 +73,7 @@ class EvaluationConfig:
         max_steps: Control steps of an episode; None means the suite's published limit.
         image_size: Pixels of the pictures, height and width.
         fast_rendering: How pictures are drawn: as those the policy was trained on.
+        temperature: Size of the noise that a `FlowVLA` denoises; the published protocol has 1.
         seed: Seed of perturbations, fixtures and the policy's noise.
         workers: Simulator processes.
         videos: Videos of failed episodes, per setting.
@@ -89,6 +90,7 @@ class EvaluationConfig:
     max_steps: int | None = None
     image_size: int = 128
     fast_rendering: bool = True
+    temperature: float = 1.0
     seed: int = 7
     workers: int = 2
     videos: int = 0
@@ -146,18 +148,23 @@ def episodes(config: EvaluationConfig) -> list[Episode]:
 class _Flow:
     """A `FlowVLA` as a policy to evaluate: noise is drawn for the episode, none while denoising."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, temperature: float) -> None:
         self.policy = FlowVLA.from_pretrained(policy)
+        self.temperature = temperature
 
     def reset(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        return self.policy.act(observation, self.generator)
+        return self.policy.act(observation, self.generator, self.temperature)
 
 
-def load_policy(policy: str) -> Policy:
+def load_policy(policy: str, temperature: float = 1.0) -> Policy:
     """A policy by name, folder, or `module:function` that makes it.
+
+    Args:
+        policy: The policy.
+        temperature: Size of the noise that a `FlowVLA` denoises.
 
     Raises:
         CheckpointError: There is no such policy, or its files are damaged.
@@ -165,7 +172,7 @@ def load_policy(policy: str) -> Policy:
     """
     module, colon, function = policy.partition(":")
     if not colon or Path(policy).exists():
-        return _Flow(policy)
+        return _Flow(policy, temperature)
     try:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
@@ -173,9 +180,9 @@ def load_policy(policy: str) -> Policy:
 
 
 @functools.lru_cache(maxsize=1)
-def _policy(policy: str) -> Policy:
+def _policy(policy: str, temperature: float) -> Policy:
     torch.set_num_threads(1)
-    return load_policy(policy)
+    return load_policy(policy, temperature)
 
 
 @functools.lru_cache(maxsize=1)
@@ -245,7 +252,7 @@ def _play(
     job: Sequence[Episode], config: EvaluationConfig, *, filmed: bool = False
 ) -> list[tuple[Episode, dict[str, Any]]]:
     env = _simulation(config, filmed)
-    policy = _policy(config.policy)
+    policy = _policy(config.policy, config.temperature)
     return [(episode, play(policy, env, episode, config)) for episode in job]
 
 
@@ -274,7 +281,7 @@ def evaluate(config: EvaluationConfig, *, progress: bool = True) -> Outcomes:
         MissingExtraError: LIBERO is not installed.
     """
     require("libero.libero", "libero")
-    load_policy(config.policy)
+    load_policy(config.policy, config.temperature)
     config.out.mkdir(parents=True, exist_ok=True)
     wanted = episodes(config)
     done = _read(config)
@@ -319,7 +326,16 @@ def _video(config: EvaluationConfig, episode: Episode) -> Path:
     return config.out / "videos" / name
 
 
-_FIXED = ("policy", "suite", "chunk", "max_steps", "image_size", "fast_rendering", "seed")
+_FIXED = (
+    "policy",
+    "suite",
+    "chunk",
+    "max_steps",
+    "image_size",
+    "fast_rendering",
+    "temperature",
+    "seed",
+)
 
 
 def _read(config: EvaluationConfig) -> dict[Episode, dict[str, Any]]:
