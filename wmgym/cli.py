@@ -7,6 +7,7 @@ own command line, the seed, the machine and the version in it.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -112,7 +113,7 @@ def _audit() -> None:
 
 
 def _tables() -> None:
-    """Print the README's tables of a shipped world from its committed reports."""
+    """Print the README's tables from committed reports."""
     _options(Report).run()
 
 
@@ -218,13 +219,15 @@ class Audit:
 
 @dataclass(frozen=True)
 class Report:
-    """Print the README's tables of a shipped world from its committed reports."""
+    """Print the README's tables from committed reports."""
 
     world: str = "libero-small"
     """Name or folder of the world."""
 
     def run(self) -> None:
-        """Prints three Markdown tables: pictures, audit, speed."""
+        """Prints Markdown tables: pictures, audit, speed, and the experiment."""
+        from wmgym_agents.experiment import table
+
         from wmgym.assets import asset_path
         from wmgym.reports import audit_table, quality_table, speed_table
         from wmgym.worlds.checkpoints import world_folder
@@ -234,6 +237,7 @@ class Report:
             quality_table(folder),
             audit_table(folder),
             speed_table(asset_path("reports", "bench_small.json")),
+            table(json.loads(asset_path("reports", "experiment.json").read_text())),
         )
         print("\n\n".join(tables))
 

@@ -1,0 +1,99 @@
+"""The experiment: arms, pairs, seeds and seconds, with training and simulation replaced."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from wmgym_agents import experiment as module
+from wmgym_agents.evaluate import Outcomes, episodes
+from wmgym_agents.experiment import ARMS, ExperimentConfig, experiment, table
+from wmgym_agents.grpo import PRESETS
+
+RATES = {"base": 0.5, "sft": 0.6, "R3": 0.8}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What was trained, in order; an arm succeeds as often as `RATES` says."""
+    runs = []
+
+    def grpo(config, **_):
+        runs.append(config)
+        config.out.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": s, "group": "rft", "rollout_s": 2.0, "update_s": 0.5} for s in (1, 2)]
+        lines.append({"step": 2, "group": "watch", "reward": 0.0})
+        (config.out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return config.out / "policy"
+
+    def sft(config, **_):
+        runs.append(config)
+        config.out.mkdir(parents=True, exist_ok=True)
+        seconds = (10.0, 30.0, 5.0, 8.0)  # interrupted after the second
+        lines = [{"step": s, "group": "train", "seconds": t} for s, t in enumerate(seconds)]
+        (config.out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return config.out / "policy"
+
+    def evaluate(config, **_):
+        arm = config.out.parent.name.split("-")[0]
+        rng = np.random.default_rng(len(runs))
+        return Outcomes(
+            {
+                episode: {"success": bool(rng.random() < RATES[arm]), "seconds": 3.0}
+                for episode in episodes(config)
+            }
+        )
+
+    for name, fake in (("grpo", grpo), ("sft", sft), ("evaluate", evaluate)):
+        monkeypatch.setattr(module, name, fake)
+    monkeypatch.setattr("wmgym_agents.evaluate.n_tasks", lambda suite: 10)
+    return runs
+
+
+def config(tmp_path, **changes):
+    values = {"arms": ("sft", "R3"), "seeds": (0, 1), "steps": 7}
+    return ExperimentConfig(
+        base="base", data=tmp_path / "data", out=tmp_path / "out", **(values | changes)
+    )
+
+
+def test_every_arm_is_compared_with_the_base_on_the_same_episodes(trained, tmp_path):
+    said = []
+    figures = experiment(config(tmp_path), "wmgym experiment", said.append, progress=False)
+    settings = figures["suites"]["libero_object"]
+    assert list(settings) == ["standard", "jitter", "all"]
+    assert list(settings["all"]) == ["base", "sft", "R3"]
+    base, arm = settings["all"]["base"], settings["all"]["R3"]
+    assert base["episodes"] == 200
+    assert "gain_points" not in base
+    assert arm["episodes"] == 400
+    assert list(arm["seeds"]) == ["0", "1"]
+    pooled = sum(one["successes"] for one in arm["seeds"].values())
+    assert arm["successes"] == pooled
+    for one in arm["seeds"].values():
+        assert one["gain_points"] == pytest.approx((one["successes"] - base["successes"]) / 2)
+    written = json.loads((tmp_path / "out" / "experiment.json").read_text())
+    assert written["suites"] == json.loads(json.dumps(figures["suites"]))
+    assert written["command"] == "wmgym experiment"
+    assert "R3-1: training" in said
+    shown = table(written)
+    assert f"| libero_object | all | R3 | {100 * arm['successes'] / 400:.1f} % |" in shown
+
+
+def test_arms_are_trained_as_they_say_and_their_time_is_told(trained, tmp_path):
+    figures = experiment(config(tmp_path), "", lambda line: None, progress=False)
+    assert [run.seed for run in trained] == [1, 0, 2, 1]
+    assert trained[0].init_from == "base"
+    assert trained[1].policy == "base"
+    assert trained[1].reward == ARMS["R3"]["reward"]
+    assert trained[1].members == PRESETS["small"]["members"]
+    assert trained[1].steps == 7
+    assert figures["seconds"]["R3-0"]["training"] == 5.0
+    assert figures["seconds"]["sft-1"]["training"] == 38.0
+    assert figures["seconds"]["base"]["evaluation"] == 300.0
+
+
+def test_unknown_arms_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="allowed arms are"):
+        config(tmp_path, arms=("R4",))
