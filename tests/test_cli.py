@@ -16,10 +16,11 @@ from wmgym_agents.sft import SFTConfig
 from wmgym import cli
 from wmgym.audit import AuditConfig
 from wmgym.bench import BenchConfig
+from wmgym.checkpoints import shipped
 from wmgym.data import LeRobotDataset
 from wmgym.demo import DemoConfig
 from wmgym.experts.recorder import RecordConfig
-from wmgym.worlds.checkpoints import load_model, shipped_worlds
+from wmgym.worlds.checkpoints import load_model
 from wmgym.worlds.train import TrainConfig
 
 OPTIONS = {
@@ -173,7 +174,7 @@ def test_train_goes_on_from_a_world(wmgym, tiny_dataset, tiny_world, tmp_path):
 
 
 WRONG = {
-    "unknown world": ("score --data DATA --world nothing", str(shipped_worlds())),
+    "unknown world": ("score --data DATA --world nothing", str(shipped("world"))),
     "no world": ("score --data DATA --world EMPTY", "config.json"),
     "no data": ("score --data EMPTY --world WORLD", "info.json"),
     "out exists": ("subset --data DATA --out EMPTY", "exists"),

@@ -157,11 +157,12 @@ class Score:
 
     def run(self) -> None:
         """Scores the world and writes the report."""
-        from wmgym.worlds.checkpoints import load_model, world_folder
+        from wmgym.checkpoints import model_folder
+        from wmgym.worlds.checkpoints import load_model
         from wmgym.worlds.evaluate import METRICS, evaluate
         from wmgym.worlds.latent_world import LatentWorld
 
-        folder = world_folder(self.world)
+        folder = model_folder("world", self.world)
         target = self.out or _beside(folder, "report.json")
         world = LatentWorld(load_model(folder), name=folder.name)
         figures = evaluate(
@@ -198,7 +199,8 @@ class Audit:
     def run(self) -> None:
         """Audits the world, writes the report and the plots."""
         from wmgym.audit import AuditConfig, audit, plot
-        from wmgym.worlds.checkpoints import load_world, world_folder
+        from wmgym.checkpoints import model_folder
+        from wmgym.worlds.checkpoints import load_world
 
         config = AuditConfig(
             data=self.data,
@@ -207,7 +209,7 @@ class Audit:
             seed=self.seed,
             workers=self.workers,
         )
-        target = self.out or _beside(world_folder(self.world), "audit.json")
+        target = self.out or _beside(model_folder("world", self.world), "audit.json")
         figures = audit(load_world(self.world), config)
         target.parent.mkdir(parents=True, exist_ok=True)
         plot(figures, target.with_suffix(".png"))
@@ -229,10 +231,10 @@ class Report:
         from wmgym_agents.experiment import table
 
         from wmgym.assets import asset_path
+        from wmgym.checkpoints import model_folder
         from wmgym.reports import audit_table, quality_table, speed_table
-        from wmgym.worlds.checkpoints import world_folder
 
-        folder = world_folder(self.world)
+        folder = model_folder("world", self.world)
         tables = (
             quality_table(folder),
             audit_table(folder),

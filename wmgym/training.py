@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.data import FrameCache, LeRobotDataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
-from wmgym.worlds.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ An observation is a dict with `image` uint8 `(B, H, W, 3)`, `proprio` float `(B,
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +25,20 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmgym.assets import asset_path
+from wmgym.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    load_weights,
+    model_folder,
+    read_config,
+    save_model,
+)
 from wmgym.data.statistics import Statistics, VectorStatistics
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
-from wmgym.worlds.checkpoints import CheckpointError, load_weights
 from wmgym_agents.augment import center_crop
 from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
 from wmgym_agents.encoder import EncoderConfig, SmallEncoder
@@ -42,7 +47,7 @@ from wmgym_agents.noise import Source, rows
 from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 FAMILY = "wmgym-flow-vla"
-CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "dataset_statistics.json"
+STATISTICS = "dataset_statistics.json"
 STATISTICS_KEY = "wmgym"
 TOKENIZER = "tokenizer"
 
@@ -306,17 +311,10 @@ class FlowVLA(nn.Module):
         if isinstance(self.encoder, VLAAdapterEncoder):
             self.encoder.save_tokenizer(folder / TOKENIZER)
             shape["encoder"]["tokenizer"] = TOKENIZER
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        part = folder / f"{WEIGHTS}.part"
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.chmod(0o644)
-        part.replace(folder / WEIGHTS)
         self.statistics.save(folder / STATISTICS, STATISTICS_KEY)
         kind = next(kind for kind, of in _KINDS.items() if isinstance(self.config.encoder, of))
         config = {"family": FAMILY, "encoder": kind, "policy": shape, **described}
-        part = folder / f"{CONFIG}.part"
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(folder / CONFIG)
+        save_model(folder, self, config)
 
     @classmethod
     def from_pretrained(cls, policy: str | Path) -> FlowVLA:
@@ -328,15 +326,14 @@ class FlowVLA(nn.Module):
         Raises:
             CheckpointError: There is no such policy, or its files are damaged or foreign.
         """
-        folder = policy_folder(policy)
-        path = folder / CONFIG
+        folder = model_folder("policy", policy)
+        document = read_config(folder, "policy", FAMILY)
+        kind = document.get("encoder", "small")
+        if kind not in _KINDS:
+            raise CheckpointError(
+                f"{folder / CONFIG} says encoder={kind!r}; allowed are {list(_KINDS)}"
+            )
         try:
-            document = json.loads(path.read_text())
-            if document["family"] != FAMILY:
-                raise CheckpointError(f"{path} says family={document['family']!r}, not {FAMILY!r}")
-            kind = document.get("encoder", "small")
-            if kind not in _KINDS:
-                raise CheckpointError(f"{path} says encoder={kind!r}; allowed are {list(_KINDS)}")
             statistics = Statistics.load(folder / STATISTICS, STATISTICS_KEY)
             with torch.random.fork_rng(devices=[]):
                 model = cls(_read_shape(document["policy"], kind, folder), statistics)
@@ -348,22 +345,6 @@ class FlowVLA(nn.Module):
             model.encoder.tokenizer()
         load_weights(model, folder / WEIGHTS)
         return model.eval()
-
-
-def policy_folder(policy: str | Path) -> Path:
-    """Folder of a policy given by name or path.
-
-    Raises:
-        CheckpointError: Neither a shipped policy nor a folder.
-    """
-    names = sorted(p.parent.name for p in asset_path().glob(f"policies/*/{CONFIG}"))
-    if str(policy) in names:
-        return asset_path("policies", str(policy))
-    if Path(policy).is_dir():
-        return Path(policy)
-    raise CheckpointError(
-        f"policy={str(policy)!r} is neither a folder nor one of the shipped policies {names}"
-    )
 
 
 _KINDS: dict[str, type[EncoderConfig | VLAAdapterConfig]] = {

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wmgym.checkpoints import CheckpointError, check_fit
 from wmgym.data.statistics import Statistics
-from wmgym.worlds.checkpoints import CheckpointError, check_fit
 from wmgym_agents.policy import PRESETS, STATISTICS, FlowVLA, PolicyConfig
 from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.extras import MissingExtraError, require
-from wmgym.worlds.checkpoints import CheckpointError
 
 PROMPT = (
     "<|im_start|>system\n"

@@ -29,8 +29,8 @@ from wmgym_agents.evaluate import (
 )
 from wmgym_agents.policy import FlowVLA
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.envs.perturbations import PERTURBATIONS
-from wmgym.worlds.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.libero
 

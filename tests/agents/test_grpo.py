@@ -19,8 +19,8 @@ from wmgym_agents.encoder import EncoderConfig
 from wmgym_agents.grpo import GRPO, grpo
 from wmgym_agents.policy import FlowVLA
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.distributed import Processes
-from wmgym.worlds.checkpoints import CheckpointError
 
 CONFIG = dataclasses.replace(
     small.CONFIG,

@@ -11,8 +11,8 @@ import torch
 from wmgym_agents.encoder import hashed_pieces
 from wmgym_agents.policy import CONFIG, STATISTICS, WEIGHTS, FlowVLA
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.data.statistics import normalize_q99, unnormalize_q99
-from wmgym.worlds.checkpoints import CheckpointError
 
 
 def generator(seed=0):
@@ -120,7 +120,8 @@ def test_damaged_and_foreign_policies_are_refused(tmp_path):
         ),
         ("no-weights", lambda f: (f / WEIGHTS).unlink(), "is missing"),
         ("no-statistics", lambda f: (f / STATISTICS).unlink(), "does not describe a policy"),
-        ("not-json", lambda f: (f / CONFIG).write_text("{"), "does not describe a policy"),
+        ("not-json", lambda f: (f / CONFIG).write_text("{"), "is damaged"),
+        ("empty", lambda f: (f / CONFIG).unlink(), "is no policy: it has no config.json"),
         ("foreign", lambda f: (f / CONFIG).write_text('{"family": "gpt"}'), "family='gpt'"),
     ):
         folder = tmp_path / name

@@ -17,10 +17,10 @@ import torch
 from wmgym_agents.policy import FlowVLA
 from wmgym_agents.sft import SFTConfig, sft, usable
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.data import FrameCache
 from wmgym.data.episodes import EpisodeInfo
 from wmgym.data.lerobot_writer import assemble, stage_episode
-from wmgym.worlds.checkpoints import CheckpointError
 
 
 def config(data, out, **changes):

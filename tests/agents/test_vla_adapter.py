@@ -23,8 +23,8 @@ from wmgym_agents.published import load_published, load_published_backbone, load
 from wmgym_agents.sft import SFTConfig, sft
 from wmgym_agents.vla_adapter import VLAAdapterEncoder
 
+from wmgym.checkpoints import CheckpointError
 from wmgym.extras import MissingExtraError
-from wmgym.worlds.checkpoints import CheckpointError
 
 SUITE = "libero_object_no_noops"
 INSTRUCTIONS = ["Pick up the milk", "open", "open the drawer and pick up the milk and open it"]

@@ -11,18 +11,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmgym.worlds import checkpoints
-from wmgym.worlds.checkpoints import (
+from wmgym import checkpoints
+from wmgym.checkpoints import (
     CONFIG,
     WEIGHTS,
     CheckpointError,
-    load_model,
-    load_world,
+    model_folder,
     read_config,
-    save_world,
-    shipped_worlds,
-    world_folder,
+    shipped,
 )
+from wmgym.worlds.checkpoints import FAMILY, load_model, load_world, save_world
 from wmgym.worlds.world import World
 
 
@@ -55,7 +53,7 @@ def test_round_trip_is_exact(tmp_path):
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
         assert tensor.dtype == states[1][name].dtype
-    assert read_config(tmp_path / "deep" / "world")["note"] == "how it was made"
+    assert read_config(tmp_path / "deep" / "world", "world", FAMILY)["note"] == "how it was made"
 
 
 def test_half_rounds_matrices_to_bfloat16_and_keeps_the_rest(tmp_path):
@@ -105,19 +103,19 @@ def test_a_loaded_world_imagines_what_was_saved(tiny_world):
 def test_unknown_names_list_what_ships(tmp_path):
     with pytest.raises(CheckpointError, match="no-such-world") as error:
         load_world("no-such-world")
-    assert str(shipped_worlds()) in str(error.value)
+    assert str(shipped("world")) in str(error.value)
     with pytest.raises(CheckpointError, match="neither"):
-        world_folder(tmp_path / "absent")
+        model_folder("world", tmp_path / "absent")
 
 
 def test_without_shipped_worlds_none_is_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "asset_path", tmp_path.joinpath)
-    assert shipped_worlds() == []
+    assert shipped("world") == []
     with pytest.raises(CheckpointError, match=r"\[\]"):
-        world_folder("libero-small")
+        model_folder("world", "libero-small")
 
 
-@pytest.mark.parametrize("name", shipped_worlds())
+@pytest.mark.parametrize("name", shipped("world"))
 def test_shipped_worlds_load(name):
     world = load_world(name)
     assert world.name == name

@@ -13,13 +13,14 @@ import tiny
 import torch
 from train_tiny import STEPS, config
 
+from wmgym.checkpoints import CheckpointError, read_config
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.training import Log, update_average, warmup_cosine
 from wmgym.worlds import train as module
 from wmgym.worlds.batches import Windows, go_on
-from wmgym.worlds.checkpoints import CheckpointError, load_model, read_config, save_world
+from wmgym.worlds.checkpoints import FAMILY, load_model, save_world
 from wmgym.worlds.latent_world import LatentWorld
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.objective import LossWeights, Objective
@@ -70,7 +71,7 @@ def log(out: Path, group: str) -> list[dict]:
 
 def test_a_run_leaves_world_checkpoint_scores_and_curves(finished):
     assert not list(finished.rglob("*.part"))
-    described = read_config(finished / "world")
+    described = read_config(finished / "world", "world", FAMILY)
     assert described["training"]["steps_done"] == STEPS
     assert described["training"]["data"]
     assert load_model(finished / "world").config == tiny.CONFIG
@@ -245,7 +246,12 @@ def test_init_from_takes_weights_units_and_shape(tiny_dataset, tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], tensor, atol=1e-5, rtol=0, msg=name)
     assert torch.equal(after.dynamics.get_buffer("change_std"), torch.full((8,), 0.03))
-    assert read_config(tmp_path / "run" / "world")["training"]["world"]["dynamics"]["horizon"] == 4
+    assert (
+        read_config(tmp_path / "run" / "world", "world", FAMILY)["training"]["world"]["dynamics"][
+            "horizon"
+        ]
+        == 4
+    )
 
 
 def test_an_unknown_world_to_start_from_leaves_nothing_behind(tiny_dataset, tmp_path):

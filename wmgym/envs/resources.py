@@ -53,9 +53,9 @@ def resolve_world(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
     if isinstance(world, (str, os.PathLike)):
-        from wmgym.worlds.checkpoints import WEIGHTS, world_folder
+        from wmgym.checkpoints import WEIGHTS, model_folder
 
-        folder = world_folder(os.fspath(world)).resolve()
+        folder = model_folder("world", os.fspath(world)).resolve()
         return _load_world(folder, _written(folder / WEIGHTS), resolve_device(device), dtype)
     needed = (*World.__annotations__, "start", "step", "select")
     missing = [name for name in needed if not hasattr(world, name)]

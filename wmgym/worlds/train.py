@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wmgym
+from wmgym.checkpoints import model_folder
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
@@ -38,7 +39,7 @@ from wmgym.training import (
     warmup_cosine,
 )
 from wmgym.worlds.batches import Windows, go_on
-from wmgym.worlds.checkpoints import load_model, read_shape, save_world, world_folder
+from wmgym.worlds.checkpoints import load_model, read_shape, save_world
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.film import film
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
@@ -113,7 +114,7 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Wor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.init_from is not None:
-            model = load_model(world_folder(config.init_from))
+            model = load_model(model_folder("world", config.init_from))
         else:
             model = LatentWorldModel(config.world)
             _fit_scales(model, cache)
@@ -193,7 +194,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         FloatingPointError: The gradient is not finite.
     """
     if config.init_from is not None:
-        shape = read_shape(world_folder(config.init_from))
+        shape = read_shape(model_folder("world", config.init_from))
         config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here, contextlib.ExitStack() as opened:

@@ -1,0 +1,144 @@
+"""A model on disk: a folder with `config.json` and `model.safetensors`.
+
+`config.json` names the family, the shape of the network and where the weights come from; every
+tensor must be used and every parameter present. Nothing is ever unpickled, and files appear
+complete or not at all. Models go by the name of one that ships with wmgym or by the path of a
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from wmgym.assets import asset_path
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+Kind = Literal["world", "policy"]
+_SHIPPED: dict[Kind, str] = {"world": "worlds", "policy": "policies"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another family; the message says which."""
+
+
+def save_model(
+    folder: str | Path, model: nn.Module, config: dict[str, Any], *, half: bool = False
+) -> None:
+    """Writes a model.
+
+    Args:
+        folder: Made if missing.
+        model: The network.
+        config: JSON values for `config.json`.
+        half: Store matrices in bfloat16, half the size.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (t.to(torch.bfloat16) if half and t.ndim > 1 else t).detach().cpu().contiguous()
+        for name, t in model.state_dict().items()
+    }
+    part = folder / f"{WEIGHTS}.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)
+    part.replace(folder / WEIGHTS)
+    part = folder / f"{CONFIG}.part"
+    part.write_text(json.dumps(config, indent=2) + "\n")
+    part.replace(folder / CONFIG)
+
+
+def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:
+    """The `config.json` of a model's folder.
+
+    Raises:
+        CheckpointError: Missing, not JSON, or of another family.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        nested = f"; did you mean {folder / kind}?" if (folder / kind).is_dir() else ""
+        raise CheckpointError(f"{folder} is no {kind}: it has no {CONFIG}{nested}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    found = config["family"] if isinstance(config, dict) and "family" in config else None
+    if found != family:
+        raise CheckpointError(f"{path} says family={found!r}; supported is {family!r}")
+    return config
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fills a module from a safetensors file whose keys and shapes must match exactly.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, keys or shapes differ, or a value is not
+            finite.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+    check_fit(model.state_dict(), tensors, str(path))
+    model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in tensors.items()})
+
+
+def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Checks that tensors have exactly the names and shapes of weights, and finite values.
+
+    Args:
+        weights: What is to be filled.
+        tensors: What was read.
+        source: Where it was read from, for the message.
+
+    Raises:
+        CheckpointError: They differ; the message says where.
+    """
+    expected = {name: tuple(t.shape) for name, t in weights.items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        missing = sorted(expected.keys() - found.keys())[:5]
+        unknown = sorted(found.keys() - expected.keys())[:5]
+        other = [
+            f"{k}: {found[k]} instead of {expected[k]}"
+            for k in sorted(expected.keys() & found.keys())
+            if expected[k] != found[k]
+        ][:5]
+        raise CheckpointError(
+            f"{source} does not fit its config: missing {missing}, unknown {unknown}, "
+            f"shapes {other}"
+        )
+    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(f"{source} has NaN or infinity in {broken[:5]}")
+
+
+def shipped(kind: Kind) -> list[str]:
+    """Names of the models that ship with wmgym."""
+    return sorted(p.parent.name for p in asset_path().glob(f"{_SHIPPED[kind]}/*/{CONFIG}"))
+
+
+def model_folder(kind: Kind, given: str | Path) -> Path:
+    """Folder of a model given by name or path; a shipped name goes before a folder of that name.
+
+    Raises:
+        CheckpointError: Neither a shipped model nor a folder.
+    """
+    names = shipped(kind)
+    if str(given) in names:
+        return asset_path(_SHIPPED[kind], str(given))
+    if Path(given).is_dir():
+        return Path(given)
+    raise CheckpointError(
+        f"{kind}={str(given)!r} is neither a folder nor one of the shipped {_SHIPPED[kind]} {names}"
+    )
