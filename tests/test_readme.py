@@ -1,6 +1,9 @@
 """The README says what the committed reports and examples say, word for word."""
 
+import json
 from pathlib import Path
+
+from wmgym_agents.experiment import table
 
 from wmgym.assets import asset_path
 from wmgym.reports import audit_table, quality_table, speed_table
@@ -14,6 +17,11 @@ def test_the_tables_of_the_shipped_world_are_those_of_its_reports():
     assert quality_table(world) in README
     assert audit_table(world) in README
     assert speed_table(asset_path("reports", "bench_small.json")) in README
+
+
+def test_the_table_of_the_experiment_is_that_of_its_report():
+    report = json.loads(asset_path("reports", "experiment.json").read_text())
+    assert table(report) in README
 
 
 def test_the_ten_lines_are_the_quickstart_example():
