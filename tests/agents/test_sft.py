@@ -117,10 +117,11 @@ def test_two_processes_train_one_policy(tiny_dataset, tmp_path):
     environment["OMP_NUM_THREADS"] = "1"
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
-    alone = sft(config(tiny_dataset, tmp_path / "alone"), progress=False)
-    together, apart = (
-        FlowVLA.from_pretrained(folder).state_dict() for folder in (tmp_path / "policy", alone)
-    )
-    for name, tensor in apart.items():
-        off = (together[name] - tensor).abs().max()
-        assert off < 1e-4, (name, off)
+    sft(config(tiny_dataset, tmp_path / "alone"), progress=False)
+    losses = [log(out, "train")[0]["flow_loss"] for out in (tmp_path, tmp_path / "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # not the weights: where a gradient is nearly 0, AdamW steps by its rounding
+    for step in (0, 1):
+        scores = [log(out, "validation")[step] for out in (tmp_path, tmp_path / "alone")]
+        assert scores[0]["flow_loss"] == pytest.approx(scores[1]["flow_loss"], rel=1e-3)
+        assert scores[0]["action_l1"] == pytest.approx(scores[1]["action_l1"], rel=1e-3)

@@ -32,7 +32,10 @@ class NoPhysics:
     def __init__(self, suite, task_id, *, image_size, fast_rendering):
         self.task_id, self.image_size, self.steps, self.open = task_id, image_size, 0, True
 
-    def reset(self, state, *, seed, settle_steps):
+    def place_fixtures(self, seed):
+        pass
+
+    def begin(self, state, settle_steps):
         self.steps = 0
 
     def step(self, action):
@@ -62,6 +65,12 @@ def test_the_simulators_of_the_latest_tasks_are_kept(no_physics):
     assert [simulator.open for simulator in used] == [True, False, True, False, True, True]
     env.close()
     assert not any(simulator.open for simulator in used)
+
+
+@needs_libero
+@pytest.mark.parametrize(("suite", "limit"), [("libero_object_swap", 280), ("libero_10_lan", 520)])
+def test_suites_of_libero_pro_have_the_limits_of_those_they_vary(suite, limit, no_physics):
+    assert make(suite=suite).max_steps == limit
 
 
 @needs_libero
@@ -122,7 +131,6 @@ def test_bad_options_are_refused_and_leave_no_episode(options, message, no_physi
     ("arguments", "message"),
     [
         ({"suite": "libero_nowhere"}, "suite='libero_nowhere' is unknown"),
-        ({"suite": "libero_object_swap"}, "no published step limit: give max_steps"),
         ({"tasks": (10,)}, r"tasks=\(10,\): libero_object has tasks 0\.\.\.9"),
         ({"tasks": ()}, r"tasks=\(\)"),
         ({"tasks": 3}, "tasks=3: expected a list of task ids"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -102,12 +101,12 @@ def test_a_run_goes_on_with_the_same_settings_only(tiny_dataset, tmp_path):
 
 
 def test_a_log_goes_on_where_the_run_does(tmp_path):
-    with contextlib.closing(Log(tmp_path, 0)) as kept:
+    with Log(tmp_path, 0, 400, ALONE, progress=False) as kept:
         for step in (100, 200, 300):
             kept.write(step, "train", {"loss": step / 100})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 350, "gro')
-    with contextlib.closing(Log(tmp_path, 200)) as kept:
+    with Log(tmp_path, 200, 400, ALONE, progress=False) as kept:
         kept.write(300, "train", {"loss": 7.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(100, 1), (200, 2), (300, 7)]
