@@ -126,10 +126,10 @@ def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
     """A few steps of GRPO: the reward from the same starts, and films of the same starts."""
     from wmgym_agents.grpo import PRESETS, GRPOConfig, grpo
 
-    say(f"GRPO on {config.policy}: {config.steps} steps of 8 starts x 16 members")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        changes = PRESETS["small"] | {"starts": 8, "warmup": 0, "save_every": 5}
+        changes = PRESETS["small"] | {"members": 16, "decay": True, "warmup": 0, "save_every": 5}
+        changes |= {"learning_rate": 5e-5, "sigma_learning_rate": 5e-5}
         settings = GRPOConfig(
             policy=config.policy,
             out=out,
@@ -139,6 +139,10 @@ def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
             film_every=config.steps,
             seed=config.seed,
             **changes,
+        )
+        say(
+            f"GRPO on {config.policy}: {config.steps} steps of {settings.starts} starts x "
+            f"{settings.members} members"
         )
         grpo(settings)
         entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
