@@ -19,7 +19,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def _mend_torchvision():
-    """On a torch without CUDA, the torchvision of PyPI lacks two operators that nobody here needs.
+    """On a torch without CUDA, the common torchvision lacks two operators that nobody here needs.
 
     Returns:
         The library that declares them, to be kept, or None where nothing is wrong.
