@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wmgym.assets import asset_path
+from wmgym.files import write_text
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -51,9 +52,7 @@ def save_model(
     save_file(tensors, part, metadata={"format": "pt"})
     part.chmod(0o644)
     part.replace(folder / WEIGHTS)
-    part = folder / f"{CONFIG}.part"
-    part.write_text(json.dumps(config, indent=2) + "\n")
-    part.replace(folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:

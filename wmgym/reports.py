@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import wmgym
+from wmgym.files import write_text
 
 
 def machine() -> str:
@@ -58,9 +59,7 @@ def write_report(path: str | Path, figures: dict[str, Any], *, command: str, see
         "machine": machine(),
         "version": wmgym.__version__,
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_finite({**figures, **origin}), indent=2, allow_nan=False) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(_finite({**figures, **origin}), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

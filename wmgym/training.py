@@ -25,6 +25,7 @@ from wmgym.checkpoints import CheckpointError
 from wmgym.data import FrameCache, LeRobotDataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
+from wmgym.files import complete_lines, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -282,11 +283,8 @@ class Log:
         if not here.main:
             return
         path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(path)
+        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= step]
+        write_text(path, "".join(kept))
         self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter

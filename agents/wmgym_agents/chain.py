@@ -213,9 +213,9 @@ def log_prob(
         raise ValueError(
             f'chains drawn with noise="none" have no likelihood: draw with one of {NOISES}'
         )
-    rows = torch.arange(count, device=chain.random.device)[:, None]
-    x = chain.states[rows, chain.random].flatten(0, 1)
-    after = chain.states[rows, chain.random + 1].flatten(0, 1)
+    each = torch.arange(count, device=chain.random.device)[:, None]
+    x = chain.states[each, chain.random].flatten(0, 1)
+    after = chain.states[each, chain.random + 1].flatten(0, 1)
     mean, log_sigma = _distribution(head, config, x, chain.random.flatten(), context, proprio)
     basis = _basis(config, mean)
     spread = _coefficients(config, basis, log_sigma)

@@ -34,6 +34,7 @@ from wmgym.envs.libero import LiberoEnv
 from wmgym.envs.perturbations import PERTURBATIONS
 from wmgym.envs.simulator import instruction, n_tasks
 from wmgym.extras import require
+from wmgym.files import complete_lines, write_text
 from wmgym.recording.video import VideoWriter
 from wmgym.reports import write_report
 from wmgym.spaces import ACTION_DIM, CONTROL_HZ
@@ -342,16 +343,13 @@ def _read(config: EvaluationConfig) -> dict[Episode, dict[str, Any]]:
     """Finished episodes of an earlier call, after a first line that says what they are."""
     path = config.out / EPISODES
     settings = {name: getattr(config, name) for name in _FIXED}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # a killed write leaves half a line
+    lines = complete_lines(path)
     if lines and json.loads(lines[0]) != settings:
         raise ValueError(
             f"{path} is of another evaluation, {lines[0].strip()}, not {json.dumps(settings)}: "
             "choose another folder, or remove it"
         )
-    part = path.with_suffix(".part")
-    part.write_text("".join(lines or [json.dumps(settings) + "\n"]))
-    part.replace(path)
+    write_text(path, "".join(lines or [json.dumps(settings) + "\n"]))
     done = {}
     for line in lines[1:]:
         entry = json.loads(line)
@@ -379,9 +377,7 @@ def report(config: EvaluationConfig, outcomes: Outcomes, command: str) -> dict[s
     write_report(config.out / REPORT, figures, command=command, seed=config.seed)
     document = json.loads((config.out / REPORT).read_text())
     videos = [path.relative_to(config.out) for path in sorted(config.out.glob("videos/*.mp4"))]
-    part = config.out / "index.part"
-    part.write_text(page(document, videos))
-    part.replace(config.out / "index.html")
+    write_text(config.out / "index.html", page(document, videos))
     return figures
 
 

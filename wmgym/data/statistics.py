@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.data.episodes import Dataset, EpisodeInfo
+from wmgym.files import write_text
 
 EPSILON = 1e-8
 
@@ -175,10 +176,7 @@ class Statistics:
 
     def save(self, path: str | Path, name: str) -> None:
         """Writes a dataset_statistics.json with this as its only key, atomically."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({name: self.to_dict()}, indent=2), encoding="utf-8")
-        part.replace(path)
+        write_text(Path(path), json.dumps({name: self.to_dict()}, indent=2))
 
 
 def normalize_q99(values: NDArray, statistics: VectorStatistics) -> NDArray[np.float32]:

@@ -187,7 +187,7 @@ class Rollout:
             reference_actions=recorded_actions[members],
             recorded_frames=None if recorded is None else recorded[members],
             reference_frames=None if imagined is None else imagined[members],
-            valid=torch.from_numpy(self._frame_steps() < counted[:, None]).to(device),
+            valid=self._counts(self.chunk // self.every, counted),
             rows=rows,
         )
         return branch, inputs, reference
@@ -198,7 +198,7 @@ class Rollout:
 
     def _recorded_frames(self, state: EnvState) -> Tensor:
         """`(N, F, 3, H, W)`; beyond the episode's end its last frame repeated."""
-        steps = self._frame_steps()
+        steps = self._last_steps(self.chunk // self.every)
         pairs = zip(state.starts, state.elapsed, strict=True)
         images = np.stack([s.images[np.minimum(e + steps, s.steps - 1)] for s, e in pairs])
         return _to_frames(torch.from_numpy(images).to(self.world.device))
@@ -215,17 +215,21 @@ class Rollout:
 
     def _mean(self, values: Tensor, counted: NDArray[np.int64]) -> Tensor:
         """Means `(B,)` over what counts of `(B, T)` or `(B, F)`, summed in order: for any `B`."""
-        step = self.chunk // values.shape[1]
-        last = np.arange(step - 1, self.chunk, step)
-        valid = torch.from_numpy(last < counted[:, None]).to(values.device)
+        valid = self._counts(values.shape[1], counted)
         total = torch.zeros_like(values[:, 0])
         for value, keep in zip(values.unbind(1), valid.unbind(1), strict=True):
             total = torch.where(keep, total + value, total)
         return total / valid.sum(1)
 
-    def _frame_steps(self) -> NDArray[np.int64]:
-        """`(F,)`: the control steps of a chunk, from 0, after which there is a frame."""
-        return np.arange(self.every - 1, self.chunk, self.every)
+    def _counts(self, parts: int, counted: NDArray[np.int64]) -> Tensor:
+        """`(B, parts)` bool: which of equal parts of a chunk end within the steps that count."""
+        inside = self._last_steps(parts) < counted[:, None]
+        return torch.from_numpy(inside).to(self.world.device)
+
+    def _last_steps(self, parts: int) -> NDArray[np.int64]:
+        """`(parts,)`: the last control step, from 0, of equal parts of a chunk."""
+        each = self.chunk // parts
+        return np.arange(each - 1, self.chunk, each)
 
     def _members(self, groups: int) -> Tensor:
         """`(N * G,)`: the group of every row."""

@@ -225,7 +225,6 @@ class Simulator:
         Raises:
             ValueError: The state has the wrong length for this task.
         """
-        self.data.qacc_warmstart[:] = 0
         self._put(init_state)
         self.gripper_command = 0.0
         for _ in range(settle_steps):
@@ -294,7 +293,6 @@ class Simulator:
             self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
         if gripper_command is not None:
             self.gripper_command = gripper_command
-        self.data.qacc_warmstart[:] = 0
         self._put(state)
 
     def _put(self, state: NDArray[np.float64]) -> None:
@@ -304,6 +302,7 @@ class Simulator:
                 f"state has shape {np.shape(state)}, {self.suite} task {self.task_id} "
                 f"needs ({expected},)"
             )
+        self.data.qacc_warmstart[:] = 0
         self._env.sim.set_state_from_flattened(np.asarray(state, np.float64))
         self._env.sim.forward()
         self._env._check_success()

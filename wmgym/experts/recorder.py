@@ -30,6 +30,7 @@ from wmgym.data.episodes import HELD_OUT_INIT_STATES, Episode, EpisodeInfo
 from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.envs.simulator import Simulator, initial_states, n_tasks
 from wmgym.experts import ExpertConfig, expert
+from wmgym.files import write_text
 from wmgym.spaces import ACTION_DIM, CONTROL_HZ, STEP_LIMITS
 from wmgym.workers import in_workers
 
@@ -269,9 +270,7 @@ def _staged(config: RecordConfig) -> set[str]:
     mine = {k: v for k, v in _described(config).items() if k not in _WHICH_TAKES}
     if not names:
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(mine))
-        part.replace(file)
+        write_text(file, json.dumps(mine))
     elif not file.exists():
         raise ValueError(
             f"{folder} holds takes, but no {file.name} that says how they were recorded; remove "
