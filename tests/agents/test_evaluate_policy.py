@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 import reaching
 import small
+from programs import ENVIRONMENT, kill_when, run
 from wmgym_agents.evaluate import (
     EPISODES,
     Episode,
@@ -33,10 +30,6 @@ from wmgym.checkpoints import CheckpointError
 from wmgym.envs.perturbations import PERTURBATIONS
 
 pytestmark = pytest.mark.libero
-
-HERE = Path(__file__).resolve().parent
-FOLDERS = [HERE.parents[1], HERE.parents[1] / "agents", HERE.parent, HERE]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
 
 
 def config(out, **changes):
@@ -111,22 +104,13 @@ def test_report_and_page(played):
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_outcomes(tmp_path):
-    program = HERE / "evaluate_tiny.py"
-    command = [sys.executable, str(program), str(tmp_path)]
-    with subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True) as process:
-        try:
-            deadline = time.monotonic() + 300
-            written = tmp_path / EPISODES
-            while not written.exists() or len(written.read_text().splitlines()) < 2:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+    command = [sys.executable, Path(__file__).with_name("evaluate_tiny.py"), tmp_path]
+    written = tmp_path / EPISODES
+    kill_when(command, lambda: written.exists() and len(written.read_text().splitlines()) >= 2)
     done = written.read_text()
     with written.open("a") as file:
         file.write('{"task_id": 0, "setting": "sta')
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    run(command)
     lines = written.read_text().splitlines()
     assert len(lines) == 1 + 4
     assert written.read_text().startswith(done)

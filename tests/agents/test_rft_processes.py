@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import small
 import torch
+from programs import TORCHRUN, kill_when, run
 from rft_tiny import STEPS, config, toy
 from toy import SIZE
 from wmgym_agents.encoder import EncoderConfig
 from wmgym_agents.grpo import grpo
 from wmgym_agents.policy import FlowVLA
 
-HERE = Path(__file__).resolve().parent
-PROGRAM = HERE / "rft_tiny.py"
-FOLDERS = [HERE.parents[1], HERE.parents[1] / "agents", HERE.parent, HERE]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)),
-    "OMP_NUM_THREADS": "1",
-}
+PROGRAM = Path(__file__).with_name("rft_tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +52,17 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_a_killed_run_goes_on_to_the_same_bits(base, finished, tmp_path):
     command = [sys.executable, str(PROGRAM), str(base), str(tmp_path)]
-    with subprocess.Popen([*command, "0.5"], env=ENVIRONMENT) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while not (tmp_path / "checkpoint.pt").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL
+    kill_when([*command, "0.5"], (tmp_path / "checkpoint.pt").exists)
     assert 0 < torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] < STEPS
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    run(command)
     for name, weight in weights(tmp_path).items():
         assert torch.equal(weight, weights(finished)[name]), name
     assert rewards(tmp_path) == rewards(finished)
 
 
 def test_two_processes_train_the_same_policy(base, finished, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(PROGRAM), str(base), str(tmp_path)]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
+    command = [*TORCHRUN, str(PROGRAM), str(base), str(tmp_path)]
+    run(command)
     for name, weight in weights(finished).items():
         off = (weights(tmp_path)[name] - weight).abs().max()
         assert off < 2e-3, (name, off)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import small
 import tiny
 import torch
+from programs import TORCHRUN, run
 from wmgym_agents.policy import FlowVLA
 from wmgym_agents.sft import SFTConfig, sft, usable
 
@@ -109,13 +107,7 @@ def test_failures_and_held_out_states_are_not_imitated(tiny_dataset, tmp_path):
 
 
 def test_two_processes_train_one_policy(tiny_dataset, tmp_path):
-    here = Path(__file__).resolve().parent
-    paths = [here.parents[1], here.parents[1] / "agents", here.parent, here]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(here / "sft_tiny.py"), str(tiny_dataset), str(tmp_path)]
-    environment["OMP_NUM_THREADS"] = "1"
-    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    run([*TORCHRUN, Path(__file__).with_name("sft_tiny.py"), tiny_dataset, tmp_path])
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
     sft(config(tiny_dataset, tmp_path / "alone"), progress=False)
     losses = [log(out, "train")[0]["flow_loss"] for out in (tmp_path, tmp_path / "alone")]

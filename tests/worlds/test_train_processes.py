@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from programs import TORCHRUN, kill_when, run
 from train_tiny import STEPS, config
 
 from wmgym.worlds.checkpoints import load_model
 from wmgym.worlds.train import train
 
-HERE = Path(__file__).resolve().parent
-PROGRAM = HERE / "train_tiny.py"
-PATH = os.pathsep.join(map(str, [HERE.parents[1], HERE.parent, HERE]))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
+PROGRAM = Path(__file__).with_name("train_tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +41,9 @@ def last_scores(out: Path) -> dict[str, float]:
 
 def test_a_killed_run_goes_on_to_the_same_bits(finished, tiny_dataset, tmp_path):
     command = [sys.executable, str(PROGRAM), str(tiny_dataset), str(tmp_path)]
-    with subprocess.Popen([*command, "0.5"], env=ENVIRONMENT) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while not (tmp_path / "checkpoint.pt").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL
+    kill_when([*command, "0.5"], (tmp_path / "checkpoint.pt").exists)
     assert 0 < steps_done(tmp_path) < STEPS
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    run(command)
     assert steps_done(tmp_path) == STEPS
     worlds = [load_model(out / "world").state_dict() for out in (tmp_path, finished)]
     for name, weight in worlds[0].items():
@@ -67,9 +52,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, tiny_dataset, tmp_path)
 
 
 def test_two_processes_train_the_same_world(finished, tiny_dataset, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(PROGRAM), str(tiny_dataset), str(tmp_path)]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
+    command = [*TORCHRUN, str(PROGRAM), str(tiny_dataset), str(tmp_path)]
+    run(command)
     runs = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (tmp_path, finished)]
     assert [run["step"] for run in runs] == [STEPS, STEPS]
     for name, weight in runs[1]["model"].items():
