@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from wmgym.reports import write_report
 from wmgym_agents.evaluate import EvaluationConfig, Outcomes, evaluate
@@ -29,6 +29,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "R3-closed-loop": {"reward": "R3", "chunks": 3, "starts": 8},
 }
 """What each arm changes in the preset of GRPO."""
+
+Played: TypeAlias = dict[str, dict[int, dict[float, Outcomes]]]
+"""Outcomes by arm, seed and temperature."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class ExperimentConfig:
         init_states: Initial states of the episodes.
         settings: Names of perturbations.
         copies: Episodes per initial state in settings that draw something.
+        temperatures: Sizes of the noise that policies denoise; the first is the one of the arms'
+            names, the others are further rows of the report, arms and base alike.
         workers: Simulator processes.
     """
 
@@ -65,12 +70,16 @@ class ExperimentConfig:
     init_states: tuple[int, ...] = tuple(range(40, 50))
     settings: tuple[str, ...] = ("standard", "jitter")
     copies: int = 1
+    temperatures: tuple[float, ...] = (1.0,)
     workers: int = 2
 
     def __post_init__(self) -> None:
         allowed = (CONTROL, *ARMS)
-        if not set(self.arms) <= set(allowed) or not self.seeds:
-            raise ValueError(f"arms={self.arms}, seeds={self.seeds}: allowed arms are {allowed}")
+        if not set(self.arms) <= set(allowed) or not self.seeds or not self.temperatures:
+            raise ValueError(
+                f"arms={self.arms}, seeds={self.seeds}, temperatures={self.temperatures}: at least "
+                f"one of each is needed; allowed arms are {allowed}"
+            )
 
 
 def experiment(
@@ -87,7 +96,7 @@ def experiment(
     Returns:
         The figures of the report.
     """
-    played = {"base": {0: _play(config, config.base, "base", progress)}}
+    played: Played = {"base": {0: _play(config, config.base, "base", progress)}}
     seconds = {"base": {"evaluation": _evaluation_seconds(played["base"][0], config)}}
     figures = _figures(config, played, seconds)
     for seed in config.seeds:
@@ -137,17 +146,24 @@ def _train(config: ExperimentConfig, arm: str, seed: int, progress: bool) -> Pat
     return grpo(settings, progress=progress)
 
 
-def _play(config: ExperimentConfig, policy: str, name: str, progress: bool) -> Outcomes:
-    settings = EvaluationConfig(
-        policy=policy,
-        out=config.out / name / "evaluation",
-        suite=config.suite,
-        init_states=config.init_states,
-        settings=config.settings,
-        copies=config.copies,
-        workers=config.workers,
-    )
-    return evaluate(settings, progress=progress)
+def _play(
+    config: ExperimentConfig, policy: str, name: str, progress: bool
+) -> dict[float, Outcomes]:
+    """Outcomes at every temperature."""
+    played = {}
+    for temperature in config.temperatures:
+        settings = EvaluationConfig(
+            policy=policy,
+            out=config.out / name / f"temperature-{temperature:g}",
+            suite=config.suite,
+            init_states=config.init_states,
+            settings=config.settings,
+            copies=config.copies,
+            temperature=temperature,
+            workers=config.workers,
+        )
+        played[temperature] = evaluate(settings, progress=progress)
+    return played
 
 
 def _training_seconds(log: Path) -> float:
@@ -163,37 +179,47 @@ def _training_seconds(log: Path) -> float:
     return total
 
 
-def _evaluation_seconds(outcomes: Outcomes, config: ExperimentConfig) -> float:
+def _evaluation_seconds(played: dict[float, Outcomes], config: ExperimentConfig) -> float:
+    """Time of the evaluation at the first temperature."""
+    outcomes = played[config.temperatures[0]]
     return round(sum(o["seconds"] for o in outcomes.values()) / config.workers, 1)
 
 
 def _figures(
-    config: ExperimentConfig,
-    played: dict[str, dict[int, Outcomes]],
-    seconds: dict[str, dict[str, float]],
+    config: ExperimentConfig, played: Played, seconds: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Rates of all arms, seeds and settings, and gains over the base."""
-    rates: dict[str, Any] = {}
-    for setting in (*config.settings, "all"):
-        base = _solved(played["base"][0], setting)
-        for arm, seeds in played.items():
-            by_seed = {seed: _solved(outcomes, setting) for seed, outcomes in seeds.items()}
-            pooled = [success for solved in by_seed.values() for success in solved]
-            row: dict[str, Any] = dict(rate(pooled))
-            if arm != "base":
-                row |= gain(base * len(by_seed), pooled)
-                row["seeds"] = {
-                    str(seed): {**rate(solved), **gain(base, solved)}
-                    for seed, solved in by_seed.items()
-                }
-            rates.setdefault(setting, {})[arm] = row
+    """Rates of all arms, seeds, settings and temperatures, and gains over the base."""
+    suites = {}
+    for temperature in config.temperatures:
+        first = temperature == config.temperatures[0]
+        name = config.suite if first else f"{config.suite}, temperature {temperature:g}"
+        suites[name] = {
+            setting: _rates(played, temperature, setting) for setting in (*config.settings, "all")
+        }
     return {
         "base": config.base,
-        "suites": {config.suite: rates},
+        "suites": suites,
         "steps": config.steps,
         "control_steps": config.control_steps,
         "seconds": seconds,
     }
+
+
+def _rates(played: Played, temperature: float, setting: str) -> dict[str, Any]:
+    """Rows of all arms."""
+    base = _solved(played["base"][0][temperature], setting)
+    rates: dict[str, Any] = {}
+    for arm, seeds in played.items():
+        by_seed = {seed: _solved(at[temperature], setting) for seed, at in seeds.items()}
+        row: dict[str, Any] = dict(rate([s for solved in by_seed.values() for s in solved]))
+        if arm != "base":
+            row |= gain(base, *by_seed.values())
+            row["seeds"] = {
+                str(seed): {**rate(solved), **gain(base, solved)}
+                for seed, solved in by_seed.items()
+            }
+        rates[arm] = row
+    return rates
 
 
 def _solved(outcomes: Outcomes, setting: str) -> list[bool]:

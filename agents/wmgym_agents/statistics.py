@@ -9,6 +9,7 @@ interval of Bonett and Price (2012).
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import TypedDict
@@ -69,29 +70,37 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def gain(before: Sequence[bool], after: Sequence[bool], confidence: float = 0.95) -> Gain:
-    """Compares two policies on the same episodes.
+def gain(before: Sequence[bool], *after: Sequence[bool], confidence: float = 0.95) -> Gain:
+    """Compares policies with another on the same episodes.
+
+    Several policies, such as one arm trained with several seeds, count by their mean over each
+    episode: an episode stays one observation however often it is played. The interval is of these
+    policies on episodes like these, not of further seeds.
 
     Args:
         before: Outcomes of the one.
-        after: Outcomes of the other, of the same episodes in the same order.
+        after: Outcomes of each other, of the same episodes in the same order.
         confidence: Of the interval.
 
     Raises:
         ValueError: Different numbers of episodes, or none.
     """
-    if len(before) != len(after) or not before:
+    if not before or not after or any(len(before) != len(one) for one in after):
         raise ValueError(
-            f"{len(before)} and {len(after)} episodes: pairs of the same episodes are needed"
+            f"{len(before)} and {[len(one) for one in after]} episodes: pairs of the same "
+            "episodes are needed"
         )
-    gained = sum(b > a for a, b in zip(before, after, strict=True))
-    lost = sum(a > b for a, b in zip(before, after, strict=True))
-    count = len(before)
-    more, less = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
-    half = _z(confidence) * math.sqrt((more + less - (more - less) ** 2) / (count + 2))
-    low, high = more - less - half, more - less + half
+    differences = [
+        (sum(later) - len(after) * first) / len(after)
+        for first, *later in zip(before, *after, strict=True)
+    ]
+    smoothed = [*differences, 1.0, -1.0]  # Bonett and Price: one more pair each way
+    mean = statistics.fmean(smoothed)
+    half = _z(confidence) * statistics.pstdev(smoothed, mean) / math.sqrt(len(smoothed))
+    gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
     return {
-        "gain_points": round(100 * (gained - lost) / count, 2),
-        "gain_interval": (round(100 * max(-1.0, low), 2), round(100 * min(1.0, high), 2)),
+        "gain_points": round(100 * statistics.fmean(differences), 2),
+        "gain_interval": (round(100 * low, 2), round(100 * high, 2)),
         "p_mcnemar": round(mcnemar(gained, lost), 6),
     }

@@ -94,6 +94,15 @@ def test_arms_are_trained_as_they_say_and_their_time_is_told(trained, tmp_path):
     assert figures["seconds"]["base"]["evaluation"] == 300.0
 
 
+def test_temperatures_are_rows_of_their_own(trained, tmp_path):
+    figures = experiment(
+        config(tmp_path, temperatures=(1.0, 0.0), arms=("R3",)), "", lambda line: None
+    )
+    assert list(figures["suites"]) == ["libero_object", "libero_object, temperature 0"]
+    assert figures["suites"]["libero_object, temperature 0"]["all"]["R3"]["episodes"] == 400
+    assert "| libero_object, temperature 0 | all | base |" in table(figures)
+
+
 def test_unknown_arms_are_refused(tmp_path):
     with pytest.raises(ValueError, match="allowed arms are"):
         config(tmp_path, arms=("R4",))

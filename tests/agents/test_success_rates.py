@@ -53,6 +53,16 @@ def test_gain_counts_what_differs():
         gain(before, after[:-1])
 
 
+def test_further_seeds_are_not_further_episodes():
+    """Twice the same outcomes tell no more than once; outcomes that differ average out."""
+    before, after = [True] * 10 + [False] * 10, [True] * 8 + [False] * 2 + [True] * 6 + [False] * 4
+    once = gain(before, after)
+    assert gain(before, after, after) == once
+    half = gain(before, after, before)
+    assert half["gain_points"] == once["gain_points"] / 2
+    assert half["p_mcnemar"] == once["p_mcnemar"]
+
+
 @pytest.mark.parametrize("truth", [(0.6, 0.7, 0.5), (0.9, 0.95, 0.0), (0.3, 0.3, 0.8)])
 def test_the_gain_lies_in_its_interval_as_often_as_it_should(truth):
     """95 % of the time, for policies whose successes are alike or not."""
