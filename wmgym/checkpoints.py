@@ -48,11 +48,16 @@ def save_model(
         name: (t.to(torch.bfloat16) if half and t.ndim > 1 else t).detach().cpu().contiguous()
         for name, t in model.state_dict().items()
     }
-    part = folder / f"{WEIGHTS}.part"
+    save_tensors(folder / WEIGHTS, tensors)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
     save_file(tensors, part, metadata={"format": "pt"})
     part.chmod(0o644)
-    part.replace(folder / WEIGHTS)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    part.replace(path)
 
 
 def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:

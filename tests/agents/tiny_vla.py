@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
-import sys
 
-import torch
+import mended_torchvision  # noqa: F401 - before what imports it
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from wmgym_agents.chain import ChainConfig
 from wmgym_agents.flow_head import HeadConfig
@@ -16,28 +14,6 @@ from wmgym_agents.vla_adapter import DINO, PROMPT, SIGLIP, LanguageConfig, VLAAd
 
 WORD = r"\n|[a-zA-Z]+|[^\sa-zA-Z]"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-def _mend_torchvision():
-    """On a torch without CUDA, the common torchvision lacks two operators that nobody here needs.
-
-    Returns:
-        The library that declares them, to be kept, or None where nothing is wrong.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        importlib.import_module("torchvision")
-        return library
-    return None
-
-
-LIBRARY = _mend_torchvision()
 
 
 def write_tokenizer(folder):

@@ -11,11 +11,11 @@ import pytest
 from tiny import model
 from toy import SIZE, ToyDataset
 
+from wmgym.cache import ByteCache
 from wmgym.checkpoints import WEIGHTS, CheckpointError
 from wmgym.data.episodes import DatasetError
 from wmgym.data.frame_cache import resize
 from wmgym.data.lerobot_format import INFO_PATH
-from wmgym.envs.cache import ByteCache
 from wmgym.envs.resources import resolve_dataset, resolve_world
 from wmgym.envs.starts import StartStates
 from wmgym.worlds.checkpoints import save_world

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wmgym.envs.cache import ByteCache
+from wmgym.cache import ByteCache
 from wmgym.rewards.verified import Reference
-from wmgym.worlds.world import World, WorldState, step_world
+from wmgym.worlds.world import World, WorldState, cat_tensors, step_world
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _row(chunk: BranchChunk, row: int) -> BranchChunk:
 
 
 def _join(chunks: Sequence[BranchChunk | None]) -> BranchChunk:
-    return _map_tensors(lambda *x: torch.cat(x), [c for c in chunks if c is not None])
+    return _map_tensors(lambda *x: cat_tensors(x), [c for c in chunks if c is not None])
 
 
 def _nbytes(chunk: BranchChunk) -> int:

@@ -42,7 +42,8 @@ def resolve_world(
     """A world by name or folder, or the object itself.
 
     Args:
-        world: Name of a shipped world, a checkpoint folder, or anything with the `World` protocol.
+        world: Name of a shipped world, a checkpoint folder, an id on the hub, or anything with the
+            `World` protocol.
         device: "cpu", "cuda", "auto" or a torch device; an object stays where it is.
         dtype: "float32" or "bfloat16", of the networks; an object stays as it is.
 
@@ -53,9 +54,10 @@ def resolve_world(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
     if isinstance(world, (str, os.PathLike)):
-        from wmgym.checkpoints import WEIGHTS, model_folder
+        from wmgym.checkpoints import WEIGHTS
+        from wmgym.worlds.checkpoints import world_folder
 
-        folder = model_folder("world", os.fspath(world)).resolve()
+        folder = world_folder(os.fspath(world)).resolve()
         return _load_world(folder, _written(folder / WEIGHTS), resolve_device(device), dtype)
     needed = (*World.__annotations__, "start", "step", "select")
     missing = [name for name in needed if not hasattr(world, name)]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.envs.cache import ByteCache
+from wmgym.cache import ByteCache
 from wmgym.envs.references import ReferenceBranches
 from wmgym.envs.scoring import RewardInputs, Scorer
 from wmgym.envs.starts import Start

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from wmgym.cache import ByteCache
 from wmgym.data.episodes import Dataset, EpisodeInfo
 from wmgym.data.frame_cache import resize
-from wmgym.envs.cache import ByteCache
 from wmgym.spaces import check_tasks
 
 SPLITS = ("train", "held_out", "all")

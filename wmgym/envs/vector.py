@@ -24,9 +24,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wmgym.cache import ByteCache
 from wmgym.data.episodes import Dataset
 from wmgym.envs import requests
-from wmgym.envs.cache import ByteCache
 from wmgym.envs.edge import Edge
 from wmgym.envs.infos import add_rows, select_values
 from wmgym.envs.resources import DTYPES, resolve_dataset, resolve_world

@@ -1,4 +1,7 @@
-"""A world on disk: `wmgym.checkpoints` with the shape of a `LatentWorldModel`."""
+"""A world on disk: of the small family, `wmgym.checkpoints` with its shape, or of the published.
+
+What a folder holds is told by its `config.json`.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from wmgym.checkpoints import (
     model_folder,
     read_config,
     save_model,
+    shipped,
 )
 from wmgym.worlds.dynamics import DynamicsConfig
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.tokenizer import TokenizerConfig
+from wmgym.worlds.tokens.load import fetch, is_published, load_token_world
 from wmgym.worlds.world import World
 
 FAMILY = "wmgym-latent-world"
@@ -78,18 +83,33 @@ def _foreign(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder / CONFIG} does not describe a world: {error!r}")
 
 
+def world_folder(world: str | Path) -> Path:
+    """Folder of a world by the name of one that ships, by path, or by id on the hub.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    name = str(world)
+    if name in shipped("world") or Path(world).is_dir() or name.count("/") != 1:
+        return model_folder("world", world)
+    return fetch(name)
+
+
 def load_world(
     world: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> World:
     """Loads a frozen world.
 
     Args:
-        world: Name of a shipped world, or a folder.
+        world: Name of a shipped world, a folder, or the id of a Hugging Face repository.
         device: Where to run it.
         dtype: `"float32"`, or `"bfloat16"` for the matrix products inside the networks.
 
     Raises:
         CheckpointError: The world is unknown, damaged, or does not fit its config.
     """
-    folder = model_folder("world", world)
+    folder = world_folder(world)
+    if is_published(folder):
+        known = str(world) in shipped("world")
+        return load_token_world(folder if known else world, device=device, dtype=dtype)
     return LatentWorld(load_model(folder), name=folder.name, device=device, dtype=dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -116,10 +117,38 @@ def select_rows(state: StateT, index: Tensor) -> StateT:
     )
 
 
+def cat_rows(states: Sequence[StateT]) -> StateT:
+    """States one below the other.
+
+    A tensor whose second axis is a length that differs, such as a memory of past tokens, is filled
+    up with zeros to the longest.
+    """
+    if len(states) == 1:
+        return states[0]
+    names = states[0].tensors()
+    return dataclasses.replace(
+        states[0], **{name: cat_tensors([s.tensors()[name] for s in states]) for name in names}
+    )
+
+
+def cat_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` over rows, second axes of different length filled up with zeros."""
+    lengths = [t.shape[1] if t.ndim > 1 else 0 for t in tensors]
+    if len(set(lengths)) == 1:
+        return torch.cat(list(tensors))
+    longest = tensors[lengths.index(max(lengths))]
+    filled = []
+    for tensor in tensors:
+        wide = longest.new_zeros(len(tensor), *longest.shape[1:])
+        if tensor.shape[1]:
+            wide[:, : tensor.shape[1]] = tensor
+        filled.append(wide)
+    return torch.cat(filled)
+
+
 def replace_rows(state: StateT, rows: Tensor, source: StateT) -> StateT:
     """A copy of `state` in which row `rows[i]` is row `i` of `source`."""
-    merged = {}
-    for name, value in state.tensors().items():
-        merged[name] = value.clone()
-        merged[name][rows.to(value.device)] = source.tensors()[name]
-    return dataclasses.replace(state, **merged)
+    both = cat_rows([state, source])
+    index = torch.arange(len(state))
+    index[rows.cpu()] = torch.arange(len(source)) + len(state)
+    return select_rows(both, index)

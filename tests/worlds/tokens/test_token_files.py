@@ -1,0 +1,265 @@
+"""Published worlds on disk: strict, atomic, and readable by others."""
+
+from __future__ import annotations
+
+import json
+
+import mended_torchvision  # noqa: F401 - before transformers imports it
+import pytest
+import torch
+import transformers
+from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer
+from safetensors.torch import load_file, save_file
+
+from wmgym.checkpoints import CheckpointError
+from wmgym.extras import MissingExtraError
+from wmgym.worlds import CompressiveTokenizer, TokenDynamics, load_token_world, load_world
+from wmgym.worlds.tokens import folders
+from wmgym.worlds.tokens.action_tokens import PUBLISHED_RANGES, ActionTokens
+from wmgym.worlds.tokens.token_world import TokenWorld
+
+KINDS = {
+    "tokenizer": (CompressiveTokenizer, tokenizer, "diffusion_pytorch_model.safetensors"),
+    "dynamics": (TokenDynamics, dynamics, "model.safetensors"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path):
+    cls, make, weights = KINDS[request.param]
+    make().save_pretrained(tmp_path)
+    return cls, make(), tmp_path, tmp_path / weights
+
+
+def test_saving_and_loading_gives_the_same_tensors(kind, tmp_path):
+    cls, model, folder, weights = kind
+    loaded = cls.from_pretrained(folder)
+    assert loaded.config == model.config
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = load_file(weights), load_file(tmp_path / "again" / weights.name)
+    assert first.keys() == again.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again[name])
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert (folder / "config.json").read_text() == (tmp_path / "again/config.json").read_text()
+
+
+def test_every_key_must_be_there_and_no_other(kind):
+    cls, _, folder, weights = kind
+    tensors = load_file(weights)
+    name = sorted(tensors)[3]
+    save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    with pytest.raises(CheckpointError, match=f"missing .*{name}"):
+        cls.from_pretrained(folder)
+    save_file({**tensors, "surplus.weight": torch.zeros(1)}, weights)
+    with pytest.raises(CheckpointError, match=r"unknown .*surplus\.weight"):
+        cls.from_pretrained(folder)
+    save_file({**tensors, name: torch.zeros(3, 3)}, weights)
+    with pytest.raises(CheckpointError, match=rf"{name}: \(3, 3\) instead of"):
+        cls.from_pretrained(folder)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        cls.from_pretrained(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("dynamics", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
+        ("dynamics", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ("dynamics", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ("dynamics", {"num_key_value_heads": 3}, "multiple"),
+        ("tokenizer", {"context_length": 2}, "context_length=2 is not supported, 1 is"),
+        ("tokenizer", {"norm_type": "spatial"}, "norm_type"),
+        ("tokenizer", {"dyn_fsq_levels": 9}, "allowed are"),
+        ("tokenizer", {"resolution": 30}, "multiple of 8"),
+    ],
+)
+def test_what_is_not_computed_is_refused(name, change, said, tmp_path):
+    cls, make, _ = KINDS[name]
+    make().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CheckpointError, match=said):
+        cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "damaged"), ("[]", "expected a JSON object")])
+def test_damaged_configs_are_told(text, said, tmp_path):
+    dynamics().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        TokenDynamics.from_pretrained(tmp_path)
+
+
+def test_transformers_loads_the_dynamics_and_gets_the_same_logits(tmp_path):
+    dynamics().save_pretrained(tmp_path)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(9008, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            dynamics().logits(tokens), other(tokens).logits, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_what_transformers_writes_is_loaded(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=9008,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = transformers.LlamaForCausalLM(config).eval()
+    other.save_pretrained(tmp_path)
+    ours = TokenDynamics.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 5000.0
+    tokens = torch.randint(9008, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(tokens), other(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_and_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"tokens are 0 \.\.\. 9008, allowed 0 \.\.\. 9007"):
+        dynamics().logits(torch.tensor([[0, 9008]]))
+    with pytest.raises(ValueError, match="expected"):
+        dynamics().logits(torch.zeros(3, dtype=torch.int64))
+    model = tokenizer()
+    with pytest.raises(ValueError, match="frames have shape"):
+        model.encode(torch.zeros(1, 2, 3, 32, 16))
+    context, later = torch.zeros(1, 1, 256).long(), torch.zeros(1, 2, 16).long()
+    with pytest.raises(ValueError, match="without offset"):
+        model.decode(context + 4375, later)
+    with pytest.raises(ValueError, match="dynamics tokens have shape"):
+        model.decode(context, later[..., :9])
+    with pytest.raises(ValueError, match="context frames"):
+        model.decode(context.repeat(1, 2, 1), later)
+
+
+def test_clips_without_later_frames(tmp_path):
+    frames, *_ = clips(2)
+    context, later = tokenizer().encode(frames)
+    assert later.shape == (2, 0, 16)
+    assert tokenizer().decode(context, later).shape == (2, 1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "../Tokenizer"])
+def test_the_tokenizer_is_found_inside_or_beside(place, tmp_path):
+    folder = tmp_path / "libero_object"
+    dynamics().save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_world(folder)
+    tokenizer().save_pretrained(folder / place)
+    ActionTokens(action_space="raw").save(folder)
+    world = load_world(folder)
+    assert isinstance(world, TokenWorld)
+    assert world.name == "libero_object"
+    assert load_token_world(folder, tokenizer=folder / place).image_size == (32, 32)
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path):
+    folder = save(tmp_path / "world")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    with pytest.raises(CheckpointError, match="positions"):
+        load_world(folder)
+
+
+def test_ids_on_the_hub_need_its_package(monkeypatch, tmp_path):
+    def missing(module, extra):
+        raise MissingExtraError(f"{module}: pip install 'wmgym[{extra}]'")
+
+    monkeypatch.setattr(folders, "require", missing)
+    with pytest.raises(MissingExtraError, match=r"wmgym\[hub\]"):
+        load_world("VLA-RFT/WorldModel-Libero-Object")
+    with pytest.raises(CheckpointError, match="neither a folder nor"):
+        TokenDynamics.from_pretrained("nowhere")
+
+
+def test_worlds_on_the_hub_bring_their_tokenizer(monkeypatch, tmp_path):
+    repositories = {
+        "owner/WorldModel-Libero-Object": tmp_path / "a",
+        "owner/WorldModel-Tokenizer": tmp_path / "b",
+    }
+    dynamics().save_pretrained(tmp_path / "a")
+    tokenizer().save_pretrained(tmp_path / "b")
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, allow_patterns):
+            asked.append((name, tuple(allow_patterns)))
+            if name not in repositories:
+                raise OSError("404")
+            return str(repositories[name])
+
+    monkeypatch.setattr(folders, "require", lambda module, extra: Hub)
+    assert load_world("owner/WorldModel-Libero-Object").name == "WorldModel-Libero-Object"
+    assert {name for name, _ in asked} == repositories.keys()
+    assert all("*" not in pattern for _, patterns in asked for pattern in patterns)
+    with pytest.raises(CheckpointError, match="cannot be fetched"):
+        load_world("owner/Nothing")
+
+
+def test_ranges_of_actions(tmp_path, caplog):
+    dynamics().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    assert load_token_world(tmp_path).actions.ranges == PUBLISHED_RANGES
+    assert "does not say how actions become tokens" in caplog.text
+    table = torch.tensor(PUBLISHED_RANGES) * 2
+    torch.save(table, tmp_path / "libero_action_ranges.pth")
+    found = load_token_world(tmp_path).actions.ranges
+    torch.testing.assert_close(torch.tensor(found), table)
+    quantiles = tuple((-0.5, 0.5 + 0.1 * i) for i in range(6))
+    described = ActionTokens(action_space="normalised", quantiles=quantiles)
+    described.save(tmp_path)
+    assert load_token_world(tmp_path).actions == described
+    (tmp_path / "actions.json").write_text('{"ranges": [[0, 1]]}')
+    with pytest.raises(CheckpointError, match="expected 7 pairs"):
+        load_token_world(tmp_path)
+    (tmp_path / "actions.json").unlink()
+    (tmp_path / "libero_action_ranges.pth").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match="ranges of actions"):
+        load_token_world(tmp_path)
+
+
+def test_bins_are_those_of_the_release():
+    codes = ActionTokens()
+    low, high = torch.tensor(PUBLISHED_RANGES).T
+    assert codes.encode(low).tolist() == [0] * 7
+    assert codes.encode(high).tolist() == [255] * 7
+    assert codes.encode((low + high) / 2 + 1e-4).tolist() == [128] * 7
+    assert codes.encode(torch.full((2, 3, 7), 9.0)).unique().tolist() == [255]
+    edge = low + (high - low) * 17.5 / 256
+    assert codes.encode(edge).tolist() == [17] * 7
+
+
+def test_normalised_actions_are_scaled_and_the_gripper_turned():
+    quantiles = ((-0.5, 0.7),) * 6
+    codes = ActionTokens(((-1.0, 1.0),) * 7, "normalised", quantiles)
+    action = torch.tensor([-0.5, 0.7, 0.1, -0.9, 0.45, 0.0, -1.0])
+    scaled = [-1, 1, 0, -1, 2 * 0.95 / 1.2 - 1, 2 * 0.5 / 1.2 - 1]
+    bins = [min(int(256 * (x + 1) / 2 + 1e-4), 255) for x in scaled]
+    assert codes.encode(action).tolist() == [*bins, 255]  # open is 1
+    action[6] = 1.0
+    assert codes.encode(action)[6] == 128  # closed is 0
+    with pytest.raises(ValueError, match="needs quantiles"):
+        ActionTokens(action_space="normalised")
+    with pytest.raises(ValueError, match="allowed are"):
+        ActionTokens(action_space="delta")
+
+
+def test_shapes_of_the_published_configs():
+    assert (TOKENIZER.context_tokens, TOKENIZER.dynamics_tokens) == (256, 16)
+    assert type(TOKENIZER)().context_tokens == 1024
+    assert type(TOKENIZER)().dynamics_tokens == 64
+    assert DYNAMICS.kv_heads == 4

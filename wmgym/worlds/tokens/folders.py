@@ -1,0 +1,136 @@
+"""Folders in the published layout: `config.json` and one safetensors file, here or on a hub.
+
+A config is a flat JSON object with more entries than anyone needs. Those that decide what a network
+computes are fields of a dataclass; a value that this code does not compute is refused, never
+ignored. Weights must have every key and no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from wmgym.checkpoints import CONFIG, CheckpointError, load_weights, save_tensors
+from wmgym.extras import require
+from wmgym.files import write_text
+
+DescribedT = TypeVar("DescribedT", bound="Described")
+
+
+class Described:
+    """A config as flat JSON; for dataclasses to inherit."""
+
+    def require(self, **allowed: Any) -> None:
+        """Checks fields that have one supported value each.
+
+        Raises:
+            ValueError: Another value; the message says which is supported.
+        """
+        for name, value in allowed.items():
+            given = getattr(self, name)
+            if given != value:
+                raise ValueError(f"{name}={given!r} is not supported, {value!r} is")
+
+    def describe(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def of(cls: type[DescribedT], described: dict[str, Any]) -> DescribedT:
+        """The config in a JSON object, whose other entries are left aside.
+
+        Raises:
+            TypeError: Entries are missing.
+            ValueError: An entry is not supported.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+        return cls(**{k: v for k, v in found.items() if k in names})
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def read_model(
+    kind: Callable[[Any], ModelT],
+    config: type[Described],
+    folder: str | os.PathLike[str],
+    weights: str,
+) -> ModelT:
+    """A frozen network in float32 on the CPU.
+
+    Args:
+        kind: Its class, which takes a config.
+        config: Class of the config.
+        folder: A folder, or the id of a Hugging Face repository.
+        weights: Name of the safetensors file.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or does not fit; the message says what.
+    """
+    path = resolve_folder(folder, (CONFIG, weights))
+    shape = read_json(path / CONFIG)
+    try:
+        with torch.device("meta"):
+            model = kind(config.of(shape))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
+    model.to_empty(device="cpu")
+    load_weights(model, path / weights)
+    return model.eval().requires_grad_(False)
+
+
+def write_model(model: nn.Module, described: dict[str, Any], folder: Path, weights: str) -> None:
+    """Writes such a folder, each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_tensors(folder / weights, tensors)
+    write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: Missing, not JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def resolve_folder(folder: str | os.PathLike[str], files: tuple[str, ...]) -> Path:
+    """A local folder, or the cached copy of a repository `owner/name`, fetched if it must be.
+
+    Args:
+        folder: Path or id.
+        files: The files that are needed; nothing else is fetched.
+
+    Raises:
+        CheckpointError: Neither a folder nor a repository that can be fetched.
+        MissingExtraError: A repository, without the extra `hub`.
+    """
+    if Path(folder).is_dir():
+        return Path(folder)
+    name = os.fspath(folder)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is neither a folder nor the id of a repository, owner/name")
+    hub = require("huggingface_hub", "hub")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:  # of the hub, of HTTP, of the network
+        raise CheckpointError(f"{name} is no folder, and cannot be fetched: {error}") from error

@@ -1,0 +1,115 @@
+"""A published world on disk or on the hub.
+
+    WorldModel/libero_object/      config.json, model.safetensors: the dynamics
+        actions.json               how actions become tokens (or libero_action_ranges.pth)
+        tokenizer/                 config.json, diffusion_pytorch_model.safetensors
+
+The tokenizer may also lie beside the dynamics, as `Tokenizer`, as the released scripts expect; on
+the hub it is the repository `WorldModel-Tokenizer` of the same owner. The ranges of actions may lie
+in the folder of the dynamics or in the one above.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from wmgym.checkpoints import CONFIG, CheckpointError
+from wmgym.worlds.tokens import action_tokens, compressive, transformer
+from wmgym.worlds.tokens.action_tokens import ActionTokens
+from wmgym.worlds.tokens.compressive import CompressiveTokenizer
+from wmgym.worlds.tokens.folders import read_json, resolve_folder
+from wmgym.worlds.tokens.generate import GREEDY, Decoding
+from wmgym.worlds.tokens.token_world import TokenWorld
+from wmgym.worlds.tokens.transformer import TokenDynamics
+
+_log = logging.getLogger(__name__)
+_BESIDE = ("tokenizer", "Tokenizer", "../Tokenizer", "../WorldModel-Tokenizer")
+_HUB_TOKENIZER = "WorldModel-Tokenizer"
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder holds the dynamics of a published world."""
+    try:
+        return read_json(folder / CONFIG).get("model_type") == "llama"
+    except CheckpointError:
+        return False
+
+
+def fetch(name: str) -> Path:
+    """The folder of a world on the hub, `owner/name`, fetched if it must be."""
+    files = (CONFIG, transformer.WEIGHTS, action_tokens.FILE, action_tokens.PUBLISHED_FILE)
+    return resolve_folder(name, (*files, f"tokenizer/{CONFIG}", f"tokenizer/{compressive.WEIGHTS}"))
+
+
+def load_token_world(
+    world: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    actions: ActionTokens | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    decoding: Decoding = GREEDY,
+    horizon: int = 8,
+    memory_gib: float | None = None,
+) -> TokenWorld:
+    """Loads a frozen world in the published layout.
+
+    Args:
+        world: Folder of the dynamics, or the id of a Hugging Face repository.
+        tokenizer: The same for the tokenizer; None looks where the module says.
+        actions: How actions become tokens; None reads it.
+        device: As in `TokenWorld`, like the following.
+        dtype: "float32" or "bfloat16".
+        decoding: How tokens are chosen.
+        horizon: Control steps imagined from one context.
+        memory_gib: Memory for keys and values.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or does not fit.
+    """
+    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    try:
+        return TokenWorld(
+            CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
+            TokenDynamics.from_pretrained(folder),
+            actions or _actions(folder),
+            name=Path(world).name,
+            device=device,
+            dtype=dtype,
+            decoding=decoding,
+            horizon=horizon,
+            memory_gib=memory_gib,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:
+    places = [folder / place for place in _BESIDE]
+    for place in places:
+        if (place / compressive.WEIGHTS).exists():
+            return place
+    if not Path(world).is_dir():
+        return f"{Path(world).parent}/{_HUB_TOKENIZER}"
+    raise CheckpointError(
+        f"{folder} has no tokenizer: expected {compressive.WEIGHTS} in one of "
+        f"{[str(place) for place in places]}, or give tokenizer="
+    )
+
+
+def _actions(folder: Path) -> ActionTokens:
+    for place in (folder, folder.parent):
+        if (place / action_tokens.FILE).exists() or (place / action_tokens.PUBLISHED_FILE).exists():
+            return ActionTokens.load(place)
+    _log.warning(
+        "%s does not say how actions become tokens: taking the released ranges and raw actions. "
+        "`wmgym diagnose` tells whether that is how it was trained.",
+        folder,
+    )
+    return ActionTokens()

@@ -1,0 +1,255 @@
+"""The published dynamics: a Llama that continues a sequence of tokens.
+
+`TokenDynamics` has the parameters of Hugging Face's `LlamaForCausalLM` under their names, reads and
+writes its folders, and computes the same: RMSNorm, rotary positions, causal attention, SwiGLU
+(Touvron et al., arXiv 2302.13971). `logits` is the plain pass over whole sequences, without a
+cache: what training uses, and what the fast generation in `generate.py` is tested against.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wmgym.worlds.tokens.folders import Described, read_model, write_model
+
+WEIGHTS = "model.safetensors"
+_WRITTEN_AS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TokenDynamicsConfig(Described):
+    """Shape of a `TokenDynamics`; names and defaults are those of the published config.
+
+    Attributes:
+        vocab_size: Tokens `V`.
+        hidden_size: Width `D`.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Layers.
+        num_attention_heads: Heads of the queries.
+        num_key_value_heads: Heads of keys and values; None: as many.
+        head_dim: Width of a head; None: `D` over the heads.
+        max_position_embeddings: Longest sequence.
+        rms_norm_eps: Of the norms.
+        rope_theta: Base of the rotary positions.
+        hidden_act: Activation, "silu".
+        attention_bias: Whether attention has biases, False.
+        mlp_bias: Whether the MLP has, False.
+        tie_word_embeddings: Whether input and output embeddings are one, False.
+        rope_scaling: Change of the rotary positions, None.
+        bos_token_id: First token, which sequences do not have.
+        eos_token_id: Last token, which they do not have either.
+    """
+
+    vocab_size: int = 9008
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    bos_token_id: int = 9006
+    eos_token_id: int = 9007
+
+    def __post_init__(self) -> None:
+        self.require(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
+        self.require(tie_word_embeddings=False)
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.kv_heads}"
+            )
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> TokenDynamicsConfig:
+        """As `Described.of`; newer files keep the rotary positions in an object of their own."""
+        rope = described.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters={rope} are not supported, rope_type='default' is")
+        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        return super().of(described | theta)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape out as in."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x` over its root mean square, in float32, times `weight`."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotary(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(..., width)` float32 of positions `(...)`."""
+    steps = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * (1.0 / theta ** (steps / width))
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the halves of `x` `(..., width)` by the angles of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: TokenDynamicsConfig) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_width
+        self.head = head
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, config.kv_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, config.kv_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head)).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        k = rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
+        each = q.shape[1] // k.shape[1]
+        if each > 1:
+            k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
+        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: TokenDynamicsConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: TokenDynamicsConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Llama(nn.Module):
+    def __init__(self, config: TokenDynamicsConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class TokenDynamics(nn.Module):
+    """Next-token logits; see the module docstring.
+
+    Args:
+        config: Its shape.
+    """
+
+    def __init__(self, config: TokenDynamicsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _Llama(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> TokenDynamics:
+        """Reads a folder of `config.json` and `model.safetensors`.
+
+        Args:
+            folder: A folder, or the id of a Hugging Face repository.
+
+        Raises:
+            CheckpointError: Something is missing, damaged, or does not fit.
+        """
+        return read_model(cls, TokenDynamicsConfig, folder, WEIGHTS)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes such a folder, which `transformers` loads as well."""
+        write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
+
+        Raises:
+            ValueError: Tokens of another shape, outside the vocabulary, or too many.
+        """
+        self.check(tokens)
+        return self.lm_head(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""
+        config = self.config
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rotary(positions, config.head_width, config.rope_theta)
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            x = layer(x, cos.to(x.dtype), sin.to(x.dtype))
+        return self.model.norm(x)
+
+    forward = logits
+
+    def check(self, tokens: Tensor) -> None:
+        """Raises ValueError unless `tokens` are a batch of sequences of the vocabulary."""
+        most, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= most:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (B, 1 ... {most})")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(
+                f"tokens are {int(tokens.min())} ... {int(tokens.max())}, allowed 0 ... "
+                f"{vocabulary - 1}"
+            )
