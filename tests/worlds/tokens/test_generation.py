@@ -8,8 +8,9 @@ import pytest
 import torch
 from published_tiny import DYNAMICS, dynamics
 
-from wmgym.worlds.tokens.generate import Decoding, Generator, choose
+from wmgym.worlds.tokens.generate import Generator
 from wmgym.worlds.tokens.noise import combine, keys_of, uniform
+from wmgym.worlds.tokens.sampling import Decoding, choose
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(context_tokens=24, dynamics_tokens=6)
@@ -89,6 +90,44 @@ def test_rows_do_not_depend_on_others():
             noise[row : row + 1],
         )
         assert torch.equal(alone[0], expected[row])
+
+
+def test_captured_steps_are_the_same():
+    """The shapes and buffers of a CUDA graph, with a capture that does what a graph does."""
+    prefix, actions, noise = case(2, 3, 2)
+    for decoding in (Decoding(), Decoding("sample")):
+        plain = Generator(dynamics(), VOCABULARY, decoding)
+        expected, memory = plain.generate(plain.prefix(prefix), 3, actions, noise, keep=True)
+        captured = Generator(dynamics(), VOCABULARY, decoding)
+        captured.static = True
+        count = []
+
+        def capture(step, counters, count=count):
+            before = [counter.clone() for counter in counters]
+            step()
+            for counter, value in zip(counters, before, strict=True):
+                counter.copy_(value)
+            count.append(1)
+            return step
+
+        captured.capture = capture
+        for _ in range(2):
+            tokens, after = captured.generate(captured.prefix(prefix), 3, actions, noise, keep=True)
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(after, memory)
+        assert len(count) == 2  # one a frame, used again
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_choose_the_tokens_of_the_cpu():
+    prefix, actions, noise = case(2, 4, 2)
+    slow = Generator(dynamics(), VOCABULARY, Decoding())
+    fast = Generator(dynamics().cuda(), VOCABULARY, Decoding())
+    expected, _ = slow.generate(slow.prefix(prefix), 4, actions, noise)
+    for _ in range(2):
+        tokens, _ = fast.generate(fast.prefix(prefix.cuda()), 4, actions.cuda(), noise.cuda())
+        assert (tokens.cpu() == expected).float().mean() > 0.95
 
 
 def test_bfloat16_is_near():

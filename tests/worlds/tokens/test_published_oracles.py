@@ -12,7 +12,8 @@ from published_tiny import ORACLE, filled
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.compressive import CompressiveTokenizerConfig
-from wmgym.worlds.tokens.generate import Decoding, Generator
+from wmgym.worlds.tokens.generate import Generator
+from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.transformer import TokenDynamicsConfig
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 

@@ -12,7 +12,7 @@ import torch
 from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer, world
 
 from wmgym.worlds.tokens.action_tokens import ActionTokens
-from wmgym.worlds.tokens.generate import Decoding
+from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.world import World, cat_rows, replace_rows
 

@@ -28,10 +28,12 @@ from torch import Tensor
 from wmgym.cache import ByteCache
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 from wmgym.worlds.tokens.action_tokens import ActionTokens
+from wmgym.worlds.tokens.attention import AttentionKind
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer
-from wmgym.worlds.tokens.generate import GREEDY, Decoding, Generator, Prefix
+from wmgym.worlds.tokens.generate import Generator, Prefix
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.proprio import integrate
+from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.transformer import TokenDynamics
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 from wmgym.worlds.world import Prediction, WorldState, cat_rows, select_rows
@@ -92,6 +94,7 @@ class TokenWorld:
         dtype: "float32", or "bfloat16" for the dynamics and for drawing; frames become tokens in
             float32 in any case.
         decoding: How tokens are chosen.
+        attention: Kernel that passes prefixes: "auto", "sdpa", "flash" (extra) or "flex".
         horizon: Control steps imagined from one context.
         memory_gib: Memory for keys and values; None: 60 % of what is free now.
 
@@ -112,6 +115,7 @@ class TokenWorld:
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         decoding: Decoding = GREEDY,
+        attention: AttentionKind = "auto",
         horizon: int = 8,
         memory_gib: float | None = None,
     ) -> None:
@@ -137,6 +141,7 @@ class TokenWorld:
             self.vocabulary,
             decoding,
             _DTYPES[dtype],
+            attention,
         )
         self.memory_bytes = int(
             _free_memory(self.device) * _SHARE_OF_FREE_MEMORY

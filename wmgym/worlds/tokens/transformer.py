@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 
 WEIGHTS = "model.safetensors"
@@ -138,24 +139,19 @@ class _Attention(nn.Module):
     def __init__(self, config: TokenDynamicsConfig) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_width
-        self.head = head
+        self.head, self.causal = head, causal_attention("sdpa")
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
         self.k_proj = nn.Linear(width, config.kv_heads * head, bias=False)
         self.v_proj = nn.Linear(width, config.kv_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.head)).transpose(1, 2)
-
-        q = rotate(heads(self.q_proj(x)), cos, sin)
-        k = rotate(heads(self.k_proj(x)), cos, sin)
-        v = heads(self.v_proj(x))
-        each = q.shape[1] // k.shape[1]
-        if each > 1:
-            k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
-        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        return self.o_proj(self.causal(q, k, v).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -235,7 +231,7 @@ class TokenDynamics(nn.Module):
         """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""
         config = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = rotary(positions, config.head_width, config.rope_theta)
+        cos, sin = (a[:, None] for a in rotary(positions, config.head_width, config.rope_theta))
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, cos.to(x.dtype), sin.to(x.dtype))
