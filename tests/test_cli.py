@@ -16,6 +16,7 @@ from wmgym_agents.sft import SFTConfig
 from wmgym import cli
 from wmgym.audit import AuditConfig
 from wmgym.bench import BenchConfig
+from wmgym.bench_published import BenchPublishedConfig
 from wmgym.checkpoints import shipped
 from wmgym.data import LeRobotDataset
 from wmgym.demo import DemoConfig
@@ -34,6 +35,7 @@ OPTIONS = {
     "evaluate": EvaluationConfig,
     "experiment": ExperimentConfig,
     "bench": BenchConfig,
+    "bench-published": BenchPublishedConfig,
     "report": cli.Report,
     "subset": cli.Subset,
 }

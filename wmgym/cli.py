@@ -93,6 +93,21 @@ def _experiment() -> None:
     experiment(_options(ExperimentConfig), _command(), print)
 
 
+def _bench_published() -> None:
+    """Measure the published world against Hugging Face's generate (extra `vla`)."""
+    from wmgym.bench_published import BenchPublishedConfig, bench_published
+
+    config = _options(BenchPublishedConfig)
+    figures = bench_published(config, print)
+    for name, way in figures["ways"].items():
+        print(f"{name:10s} " + "  ".join(f"{part} {value:.2f}" for part, value in way.items()))
+    for name, value in figures.items():
+        if "speedup" in name or "same" in name:
+            print(f"{name:36s} {value}")
+    if config.out is not None:
+        _report(config.out, figures, config.seed)
+
+
 def _evaluate() -> None:
     """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
     from wmgym_agents.evaluate import EvaluationConfig, evaluate, report
@@ -133,6 +148,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "evaluate": _evaluate,
     "experiment": _experiment,
     "bench": _bench,
+    "bench-published": _bench_published,
     "report": _tables,
     "subset": _subset,
 }
@@ -319,7 +335,7 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10s} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15s} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: wmgym COMMAND [--help] [OPTIONS]", "", *lines])
 
 

@@ -133,9 +133,9 @@ class TokenWorld:
             dynamics_tokens=shape.dynamics_tokens,
         )
         self._check_fit(dynamics)
-        self.tokenizer = copy.deepcopy(tokenizer).to(self.device).eval().requires_grad_(False)
-        painter: Any = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
-        self._painter: CompressiveTokenizer = painter.to(memory_format=torch.channels_last)
+        networks: Any = copy.deepcopy(tokenizer).to(self.device).eval().requires_grad_(False)
+        self.tokenizer: CompressiveTokenizer = networks.to(memory_format=torch.channels_last)
+        self._painter = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
         self.generator = Generator(
             dynamics.to(self.device).eval().requires_grad_(False),
             self.vocabulary,
@@ -191,6 +191,11 @@ class TokenWorld:
             )
         frame = frames[:, -1].to(self.device, torch.float32)
         return self._anchor(frame, proprio[:, -1].to(self.device, torch.float32))
+
+    def forget(self) -> None:
+        """Lets go of what is kept of earlier starts."""
+        for cache in (self._prefixes, self._canvases, self._codes):
+            cache.clear()
 
     def _anchor(self, frame: Tensor, proprio: Tensor) -> TokenState:
         batch, n = len(frame), self.vocabulary.dynamics_tokens

@@ -1,0 +1,50 @@
+"""The benchmark of the published world: what it compares agrees, and its figures add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import mended_torchvision  # noqa: F401 - before transformers imports it
+import pytest
+
+from wmgym.bench_published import BenchPublishedConfig, bench_published
+
+sys.path.insert(0, str(Path(__file__).parent / "worlds" / "tokens"))
+from published_tiny import DYNAMICS, TOKENIZER, filled, save
+
+from wmgym.worlds import CompressiveTokenizer, TokenDynamics
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """64 px, so that LPIPS can look at it."""
+    folder = save(tmp_path_factory.mktemp("published"))
+    config = dataclasses.replace(TOKENIZER, resolution=64)
+    filled(CompressiveTokenizer(config)).save_pretrained(folder / "tokenizer")
+    filled(TokenDynamics(dataclasses.replace(DYNAMICS, num_hidden_layers=1))).save_pretrained(folder)
+    return folder
+
+
+def test_peers_generate_the_same_tokens(world):
+    said = []
+    config = BenchPublishedConfig(world=world, members=2, frames=2, repeats=2)
+    figures = bench_published(config, said.append)
+    assert figures["same_tokens_generate"] == figures["same_tokens_reprefill"] == 1
+    assert figures["different_frames"] > 3
+    assert list(figures["ways"]) == ["ours", "generate", "reprefill"]
+    for way in figures["ways"].values():
+        parts = ("encoding", "generation", "drawing", "rewards")
+        assert sum(way[part] for part in parts) == pytest.approx(way["total"], rel=0.3)
+        assert way["tokens_per_s"] == pytest.approx(3 * 2 * 64 / way["generation"], rel=0.02)
+    ours, peer = (figures["ways"][name]["total"] for name in ("ours", "reprefill"))
+    assert figures["speedup_vs_reprefill"] == pytest.approx(peer / ours, abs=0.01)
+    assert len(said) == 6
+
+
+def test_it_runs_without_peers(world):
+    config = BenchPublishedConfig(world=world, members=1, frames=1, repeats=1, peers=False)
+    figures = bench_published(config)
+    assert list(figures["ways"]) == ["ours"]
+    assert "speedup_vs_generate" not in figures
