@@ -23,7 +23,8 @@ def world(tmp_path_factory):
     folder = save(tmp_path_factory.mktemp("published"))
     config = dataclasses.replace(TOKENIZER, resolution=64)
     filled(CompressiveTokenizer(config)).save_pretrained(folder / "tokenizer")
-    filled(TokenDynamics(dataclasses.replace(DYNAMICS, num_hidden_layers=1))).save_pretrained(folder)
+    shallow = dataclasses.replace(DYNAMICS, num_hidden_layers=1)
+    filled(TokenDynamics(shallow)).save_pretrained(folder)
     return folder
 
 

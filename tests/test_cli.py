@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from wmgym_agents.bench import BenchRFTConfig
 from wmgym_agents.evaluate import EvaluationConfig
 from wmgym_agents.experiment import ExperimentConfig
 from wmgym_agents.grpo import GRPOConfig
@@ -36,6 +37,7 @@ OPTIONS = {
     "experiment": ExperimentConfig,
     "bench": BenchConfig,
     "bench-published": BenchPublishedConfig,
+    "bench-rft": BenchRFTConfig,
     "report": cli.Report,
     "subset": cli.Subset,
 }
@@ -62,7 +64,7 @@ def test_help_names_every_command(wmgym):
     assert code == 0
     assert OPTIONS.keys() == cli.COMMANDS.keys()
     for name, command in cli.COMMANDS.items():
-        assert f"{name:10s} {command.__doc__}" in out
+        assert f"{name:15s} {command.__doc__}" in out
     code, _, printed = wmgym("evalute")
     assert code == 2
     assert out in printed

@@ -129,7 +129,7 @@ def bench_published(
     for number in range(config.repeats):
         for name, way in ways.items():
             gc.collect()
-            with _peak_memory(device) as peak:
+            with peak_memory(device) as peak:
                 tokens[name], seconds = way()
             seconds["peak_memory_gib"] = peak()
             runs[name].append(seconds)
@@ -158,19 +158,25 @@ def bench_published(
     return figures
 
 
+def random_networks(seed: int) -> tuple[CompressiveTokenizer, TokenDynamics]:
+    """The published networks with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = CompressiveTokenizer(CompressiveTokenizerConfig())
+        dynamics = TokenDynamics(TokenDynamicsConfig())
+        # Large enough for rows to differ by their actions: equal ones are computed once.
+        for weight in (w for w in dynamics.parameters() if w.ndim == 2):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return tokenizer, dynamics
+
+
 def _dtype(config: BenchPublishedConfig) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 def _parts(config: BenchPublishedConfig, device: torch.device) -> _Parts:
     if config.world is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            tokenizer = CompressiveTokenizer(CompressiveTokenizerConfig())
-            dynamics = TokenDynamics(TokenDynamicsConfig())
-            # Large enough for rows to differ by their actions: equal ones are computed once.
-            for weight in (w for w in dynamics.parameters() if w.ndim == 2):
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        tokenizer, dynamics = random_networks(config.seed)
     else:
         tokenizer = CompressiveTokenizer.from_pretrained(config.world / "tokenizer")
         dynamics = TokenDynamics.from_pretrained(config.world)
@@ -205,12 +211,12 @@ def _ours(
     def run() -> tuple[Tensor, dict[str, float]]:
         world.forget()
         drawing: dict[str, float] = defaultdict(float)
-        with _Stopwatch(device) as total, timed(world, "_draw", "drawing", drawing):
-            with _Stopwatch(device) as encoding:
+        with Stopwatch(device) as total, timed(world, "_draw", "drawing", drawing):
+            with Stopwatch(device) as encoding:
                 state = world.start(case.frame[:, None], case.proprio[:, None])
-            with _Stopwatch(device) as imagining:
+            with Stopwatch(device) as imagining:
                 state, seen = world.step(world.select(state, rows), case.actions)
-            with _Stopwatch(device) as rewarding:
+            with Stopwatch(device) as rewarding:
                 parts.reward(seen.frames)
         seconds = {
             "total": total.seconds,
@@ -249,15 +255,15 @@ def _with_generate(
     transformers = require("transformers", "vla")
     device, rows = case.frame.device, len(case.actions)
     count = painter.config.dynamics_tokens
-    with _Stopwatch(device) as total:
-        with _Stopwatch(device) as encoding:
+    with Stopwatch(device) as total:
+        with Stopwatch(device) as encoding:
             context, first = parts.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
         offset = painter.dynamics_fsq.codes
         told = ActionTokens().encode(case.actions) + offset + painter.fsq.codes
         prompt = torch.cat([context[:, 0] + offset, first[:, 0]], 1).expand(rows, -1)
         cache = transformers.DynamicCache() if keep else None
         imagined = []
-        with _Stopwatch(device) as generation:
+        with Stopwatch(device) as generation:
             for t in range(config.frames):
                 prompt = torch.cat([prompt, told[:, t]], 1)
                 prompt = model.generate(
@@ -271,10 +277,10 @@ def _with_generate(
                 )
                 imagined.append(prompt[:, -count:])
         tokens = torch.stack(imagined, 1)
-        with _Stopwatch(device) as drawing:
+        with Stopwatch(device) as drawing:
             codes = tokens.clamp(max=offset - 1)
             drawn = torch.cat([painter.decode(context, row[None])[:, 1:] for row in codes])
-        with _Stopwatch(device) as rewarding:
+        with Stopwatch(device) as rewarding:
             parts.reward(drawn.float().clamp(0, 1))
     return tokens, {
         "total": total.seconds,
@@ -300,13 +306,13 @@ def _ratios(ways: dict[str, dict[str, float]], name: str) -> dict[str, float]:
     }
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds spent in its blocks, added up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
 
-    def __enter__(self) -> _Stopwatch:
+    def __enter__(self) -> Stopwatch:
         self._settle()
         self._began = time.perf_counter()
         return self
@@ -321,7 +327,7 @@ class _Stopwatch:
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     """Most memory in GiB that a block takes beyond what was there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

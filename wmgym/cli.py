@@ -108,6 +108,19 @@ def _bench_published() -> None:
         _report(config.out, figures, config.seed)
 
 
+def _bench_rft() -> None:
+    """Measure an RFT step at the published size, with random weights (extra `vla`)."""
+    from wmgym_agents.bench import BenchRFTConfig, bench_rft
+
+    config = _options(BenchRFTConfig)
+    figures = bench_rft(config)
+    for name, value in figures["steps"][-1].items():
+        print(f"{name:24s} {value:.4f}")
+    print(f"peak memory {figures['peak_memory_gib']} GiB, parameters {figures['parameters']}")
+    if config.out is not None:
+        _report(config.out, figures, config.seed)
+
+
 def _evaluate() -> None:
     """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
     from wmgym_agents.evaluate import EvaluationConfig, evaluate, report
@@ -149,6 +162,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "experiment": _experiment,
     "bench": _bench,
     "bench-published": _bench_published,
+    "bench-rft": _bench_rft,
     "report": _tables,
     "subset": _subset,
 }
