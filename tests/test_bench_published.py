@@ -14,6 +14,7 @@ from wmgym.bench_published import BenchPublishedConfig, bench_published
 sys.path.insert(0, str(Path(__file__).parent / "worlds" / "tokens"))
 from published_tiny import DYNAMICS, TOKENIZER, filled, save
 
+from wmgym.reports import memory_table, published_table, write_report
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics
 
 
@@ -28,10 +29,13 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_peers_generate_the_same_tokens(world):
+def test_peers_generate_the_same_tokens(world, tmp_path):
     said = []
-    config = BenchPublishedConfig(world=world, members=2, frames=2, repeats=2)
-    figures = bench_published(config, said.append)
+    config = BenchPublishedConfig(
+        world=world, members=2, frames=2, repeats=2, dtypes=("float32",), device="cpu"
+    )
+    report = bench_published(config, said.append)
+    figures = report["cpu"]["float32"]
     assert figures["same_tokens_generate"] == figures["same_tokens_reprefill"] == 1
     assert figures["different_frames"] > 3
     assert list(figures["ways"]) == ["ours", "generate", "reprefill"]
@@ -42,10 +46,19 @@ def test_peers_generate_the_same_tokens(world):
     ours, peer = (figures["ways"][name]["total"] for name in ("ours", "reprefill"))
     assert figures["speedup_vs_reprefill"] == pytest.approx(peer / ours, abs=0.01)
     assert len(said) == 6
+    memory = [figures["memory_gib"][str(count)] for count in (16, 64, 256)]
+    assert memory == sorted(memory)
+    write_report(tmp_path / "bench.json", report, command="wmgym bench-published", seed=0)
+    assert "| cpu, float32, 2 x 2 frames: wmgym |" in published_table(tmp_path / "bench.json")
+    assert f"| 16 | {memory[0]:.1f} GiB |" in memory_table(tmp_path / "bench.json")
 
 
 def test_it_runs_without_peers(world):
-    config = BenchPublishedConfig(world=world, members=1, frames=1, repeats=1, peers=False)
-    figures = bench_published(config)
+    config = BenchPublishedConfig(
+        world=world, members=1, frames=1, repeats=1, peers=False, device="cpu"
+    )
+    report = bench_published(config)["cpu"]
+    assert list(report) == ["float32", "bfloat16"]
+    figures = report["bfloat16"]
     assert list(figures["ways"]) == ["ours"]
     assert "speedup_vs_generate" not in figures

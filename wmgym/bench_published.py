@@ -42,6 +42,8 @@ from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
 
 _GIB = 2**30
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ENVIRONMENTS = (16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class BenchPublishedConfig:
         world: Folder of a world in the published layout; None: random weights of published shape.
         members: Members of the group.
         frames: Control steps imagined, at most 8.
-        dtype: Arithmetic of everyone, "float32" or "bfloat16".
+        dtypes: Arithmetic of everyone, one measurement for each: "float32", "bfloat16".
         device: "auto", "cpu" or "cuda".
         repeats: Repeats of which the median is reported.
         peers: Also measure the peers (extra `vla`).
@@ -63,7 +65,7 @@ class BenchPublishedConfig:
     world: Path | None = None
     members: int = 16
     frames: int = 8
-    dtype: str = "float32"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     device: str = "auto"
     repeats: int = 3
     peers: bool = True
@@ -105,23 +107,39 @@ def bench_published(
         say: Called with a line per measurement.
 
     Returns:
-        For each way `seconds` to rewards with its parts, `tokens_per_s`, `peak_memory_gib`; the
-        ratios `speedup_vs_reprefill`, `speedup_vs_generate`, for generation alone as well; and the
-        share of tokens that agree.
+        By device, by dtype: for each of the `ways` seconds to rewards with its parts,
+        `tokens_per_s` and `peak_memory_gib`; the ratios `speedup_vs_reprefill` and
+        `speedup_vs_generate`, for generation alone as well; the share of tokens that agree; and
+        `memory_gib` that numbers of environments need.
     """
-    device = torch.device(
-        config.device
-        if config.device != "auto"
-        else ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    parts = _parts(config, device)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    return {device.type: {dtype: _measure(config, dtype, device, say) for dtype in config.dtypes}}
+
+
+def _measure(
+    config: BenchPublishedConfig, dtype: str, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The figures of one precision."""
+    parts = _parts(config, dtype, device)
     case = _case(config, parts, device)
+    world = TokenWorld(
+        parts.tokenizer,
+        parts.dynamics,
+        ActionTokens(),
+        name="published",
+        device=device,
+        dtype=dtype,
+        decoding=Decoding(restricted=False),
+    )
     ways: dict[str, Callable[[], tuple[Tensor, dict[str, float]]]] = {
-        "ours": _ours(config, parts, case, device)
+        "ours": lambda: _ours(world, parts, case)
     }
     if config.peers:
-        model = _peer(parts.dynamics, config, device)
-        painter = copy.deepcopy(parts.tokenizer).to(_dtype(config))
+        model = _peer(parts.dynamics, _DTYPES[dtype], device)
+        painter = copy.deepcopy(parts.tokenizer).to(_DTYPES[dtype])
         ways["generate"] = lambda: _with_generate(config, parts, painter, model, case, keep=True)
         ways["reprefill"] = lambda: _with_generate(config, parts, painter, model, case, keep=False)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -133,12 +151,10 @@ def bench_published(
                 tokens[name], seconds = way()
             seconds["peak_memory_gib"] = peak()
             runs[name].append(seconds)
-            say(f"{name} {number + 1}/{config.repeats}: {seconds['total']:.2f} s")
+            say(f"{dtype} {name} {number + 1}/{config.repeats}: {seconds['total']:.2f} s")
     rows = config.members + 1
     generated = rows * config.frames * tokens["ours"].shape[2]
     figures: dict[str, Any] = {
-        "device": device.type,
-        "dtype": config.dtype,
         "members": config.members,
         "frames": config.frames,
         "parameters": sum(p.numel() for p in parts.dynamics.parameters()),
@@ -151,6 +167,9 @@ def bench_published(
             figures |= _ratios(figures["ways"], name)
             first = (tokens[name][:, 0] == tokens["ours"][:, 0]).float().mean()
             figures[f"same_tokens_{name}"] = round(float(first), 4)
+    figures["memory_gib"] = {
+        str(count): round(world.needed_gib(count, config.members), 2) for count in _ENVIRONMENTS
+    }
     if config.peers:
         rowed = figures["ways"]["reprefill"]["total"] * 2 * config.members / rows
         figures["derived_released_total"] = round(rowed, 2)
@@ -170,11 +189,7 @@ def random_networks(seed: int) -> tuple[CompressiveTokenizer, TokenDynamics]:
     return tokenizer, dynamics
 
 
-def _dtype(config: BenchPublishedConfig) -> torch.dtype:
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-
-
-def _parts(config: BenchPublishedConfig, device: torch.device) -> _Parts:
+def _parts(config: BenchPublishedConfig, dtype: str, device: torch.device) -> _Parts:
     if config.world is None:
         tokenizer, dynamics = random_networks(config.seed)
     else:
@@ -182,7 +197,7 @@ def _parts(config: BenchPublishedConfig, device: torch.device) -> _Parts:
         dynamics = TokenDynamics.from_pretrained(config.world)
     for network in (tokenizer, dynamics):
         network.to(device).eval().requires_grad_(False)
-    return _Parts(tokenizer, dynamics, LPIPS("alex", dtype=_dtype(config)).to(device))
+    return _Parts(tokenizer, dynamics, LPIPS("alex", dtype=_DTYPES[dtype]).to(device))
 
 
 def _case(config: BenchPublishedConfig, parts: _Parts, device: torch.device) -> _Case:
@@ -194,49 +209,36 @@ def _case(config: BenchPublishedConfig, parts: _Parts, device: torch.device) -> 
     return _Case(frame.to(device), torch.zeros(1, 8, device=device), actions.to(device))
 
 
-def _ours(
-    config: BenchPublishedConfig, parts: _Parts, case: _Case, device: torch.device
-) -> Callable[[], tuple[Tensor, dict[str, float]]]:
-    world = TokenWorld(
-        parts.tokenizer,
-        parts.dynamics,
-        ActionTokens(),
-        name="published",
-        device=device,
-        dtype=config.dtype,
-        decoding=Decoding(restricted=False),
-    )
-    rows = torch.zeros(config.members + 1, dtype=torch.int64, device=device)
-
-    def run() -> tuple[Tensor, dict[str, float]]:
-        world.forget()
-        drawing: dict[str, float] = defaultdict(float)
-        with Stopwatch(device) as total, timed(world, "_draw", "drawing", drawing):
-            with Stopwatch(device) as encoding:
-                state = world.start(case.frame[:, None], case.proprio[:, None])
-            with Stopwatch(device) as imagining:
-                state, seen = world.step(world.select(state, rows), case.actions)
-            with Stopwatch(device) as rewarding:
-                parts.reward(seen.frames)
-        seconds = {
-            "total": total.seconds,
-            "encoding": encoding.seconds,
-            "generation": imagining.seconds - drawing["drawing"],
-            **drawing,
-            "rewards": rewarding.seconds,
-        }
-        return state.tokens[:, : config.frames], seconds
-
-    return run
+def _ours(world: TokenWorld, parts: _Parts, case: _Case) -> tuple[Tensor, dict[str, float]]:
+    """A rollout from a start that nothing is known of yet."""
+    world.forget()
+    count = len(case.actions)
+    rows = torch.zeros(count, dtype=torch.int64, device=world.device)
+    drawing: dict[str, float] = defaultdict(float)
+    with Stopwatch(world.device) as total, timed(world, "_draw", "drawing", drawing):
+        with Stopwatch(world.device) as encoding:
+            state = world.start(case.frame[:, None], case.proprio[:, None])
+        with Stopwatch(world.device) as imagining:
+            state, seen = world.step(world.select(state, rows), case.actions)
+        with Stopwatch(world.device) as rewarding:
+            parts.reward(seen.frames)
+    seconds = {
+        "total": total.seconds,
+        "encoding": encoding.seconds,
+        "generation": imagining.seconds - drawing["drawing"],
+        **drawing,
+        "rewards": rewarding.seconds,
+    }
+    return state.tokens[:, : case.actions.shape[1]], seconds
 
 
-def _peer(dynamics: TokenDynamics, config: BenchPublishedConfig, device: torch.device) -> Any:
+def _peer(dynamics: TokenDynamics, dtype: torch.dtype, device: torch.device) -> Any:
     """The same transformer in Hugging Face's implementation."""
     transformers = require("transformers", "vla")
     described = {k: v for k, v in dynamics.config.describe().items() if v is not None}
     settings = transformers.LlamaConfig(**described, pad_token_id=described["eos_token_id"])
     with torch.random.fork_rng(devices=[]):
-        model = transformers.LlamaForCausalLM(settings).to(device, _dtype(config)).eval()
+        model = transformers.LlamaForCausalLM(settings).to(device, dtype).eval()
     model.load_state_dict(dynamics.state_dict())
     return model
 

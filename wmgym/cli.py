@@ -99,12 +99,18 @@ def _bench_published() -> None:
 
     config = _options(BenchPublishedConfig)
     figures = bench_published(config, print)
-    for name, way in figures["ways"].items():
-        print(f"{name:10s} " + "  ".join(f"{part} {value:.2f}" for part, value in way.items()))
-    for name, value in figures.items():
-        if "speedup" in name or "same" in name:
-            print(f"{name:36s} {value}")
+    for dtypes in figures.values():
+        for dtype, told in dtypes.items():
+            print(dtype)
+            for name, way in told["ways"].items():
+                shown = "  ".join(f"{part} {value:.2f}" for part, value in way.items())
+                print(f"  {name:10s} {shown}")
+            for name, value in told.items():
+                if "speedup" in name or "same" in name:
+                    print(f"  {name:36s} {value}")
     if config.out is not None:
+        if config.out.exists():  # of other devices
+            figures = json.loads(config.out.read_text()) | figures
         _report(config.out, figures, config.seed)
 
 

@@ -132,6 +132,15 @@ class Generator:
         self._causal = causal_attention(attention)
         self._work: _Work | None = None
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, as they are multiplied with."""
+        c = self.config
+        heads = (2 * self.q_heads + 2 * self.heads) * self.head
+        layer = c.hidden_size * (heads + 3 * c.intermediate_size + 2)
+        count = c.num_hidden_layers * layer + c.hidden_size * (2 * c.vocab_size + 1)
+        return count * self.dtype.itemsize
+
     def nbytes(self, starts: int, members: int, steps: int) -> int:
         """Bytes of keys and values of `starts` prefixes and of `steps` frames of every row."""
         each = 2 * len(self.layers) * self.heads * self.head

@@ -43,6 +43,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GIB = 2**30
 _SHARE_OF_FREE_MEMORY = 0.6
 _SHARE_OF_WORK = 0.75
+_LIVE_ACTIVATIONS = 4
 _CANVAS_BYTES, _CODE_BYTES = 256 * 2**20, 64 * 2**20
 _FRAMES_AT_ONCE = {"cpu": 1, "cuda": 16}
 
@@ -171,6 +172,24 @@ class TokenWorld:
             f"{self.memory_bytes / _GIB:.1f} GiB for keys and values; a start with {members} rows "
             f"takes {need:.2f} GiB, {starts} starts of up to {rows} rows are imagined at once"
         )
+
+    def needed_gib(self, environments: int, members: int) -> float:
+        """GiB that so many environments in groups of `members` take at once, when all are fresh.
+
+        Weights; keys and values of all rows and of a reference row for each group, with the
+        prefixes once more where steps are captured; and the largest activations of the frames that
+        are drawn at once.
+        """
+        starts = -(-environments // members)
+        rows = self.generator.nbytes(starts, members + 1, self.horizon)
+        copied = self.generator.nbytes(starts, 0, 0) if self.generator.static else 0
+        weights = self.generator.weight_bytes + sum(
+            w.nbytes for network in (self.tokenizer, self._painter) for w in network.parameters()
+        )
+        widest = self.image_size[0] ** 2 * max(self.tokenizer.config.block_out_channels[:2])
+        each = next(self._painter.parameters()).element_size()
+        drawing = _FRAMES_AT_ONCE[self.device.type] * _LIVE_ACTIVATIONS * widest * each
+        return (rows + copied + weights + drawing) / _GIB
 
     @torch.no_grad()
     def start(self, frames: Tensor, proprio: Tensor) -> TokenState:
