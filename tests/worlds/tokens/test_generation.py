@@ -62,6 +62,22 @@ def test_tokens_are_those_of_whole_passes(config, decoding):
     assert len(expected.unique()) > 10
 
 
+def test_prompts_are_continued_as_they_are():
+    model, decoding = dynamics(), Decoding("sample")
+    prefix, actions, noise = case(3, 1, 2)
+    tokens = model.generate(
+        torch.cat([prefix, actions[:, 0]], 1),
+        actions[:, 1:],
+        vocabulary=VOCABULARY,
+        decoding=decoding,
+    )
+    assert torch.equal(tokens, slow(model, decoding, prefix, actions, noise, 1))
+    with pytest.raises(ValueError, match=r"prompt has shape \(3, 30\), expected \(B, 37\)"):
+        model.generate(prefix, actions, vocabulary=VOCABULARY)
+    with pytest.raises(ValueError, match=r"expected \(3, T - 1, 7\)"):
+        model.generate(torch.cat([prefix, actions[:, 0]], 1), actions[:2], vocabulary=VOCABULARY)
+
+
 def test_step_by_step_is_the_same_as_at_once():
     generator = Generator(dynamics(), VOCABULARY, Decoding("sample"))
     prefix, actions, noise = case(2, 2, 3)

@@ -17,9 +17,10 @@ dynamics tokens `(B, T - 1, n)`, both without offsets of a vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,11 +122,13 @@ class CompressiveTokenizer(nn.Module):
     """Frames to tokens and back; see the module docstring.
 
     Args:
-        config: Its shape.
+        config: Its shape, or the JSON object of a `config.json` with it.
     """
 
-    def __init__(self, config: CompressiveTokenizerConfig) -> None:
+    def __init__(self, config: CompressiveTokenizerConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, CompressiveTokenizerConfig):
+            config = CompressiveTokenizerConfig.of(dict(config))
         self.config = config
         c, widths = config, config.block_out_channels
         shape = (widths, c.layers_per_block, c.latent_channels, c.norm_num_groups)

@@ -9,6 +9,7 @@ cache: what training uses, and what the fast generation in `generate.py` is test
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.noise import keys_of
+from wmgym.worlds.tokens.sampling import GREEDY, Decoding
+from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary
 
 WEIGHTS = "model.safetensors"
 _WRITTEN_AS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -190,11 +195,13 @@ class TokenDynamics(nn.Module):
     """Next-token logits; see the module docstring.
 
     Args:
-        config: Its shape.
+        config: Its shape, or the JSON object of a `config.json` with it.
     """
 
-    def __init__(self, config: TokenDynamicsConfig) -> None:
+    def __init__(self, config: TokenDynamicsConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, TokenDynamicsConfig):
+            config = TokenDynamicsConfig.of(dict(config))
         self.config = config
         self.model = _Llama(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -226,6 +233,48 @@ class TokenDynamics(nn.Module):
         """
         self.check(tokens)
         return self.lm_head(self.hidden(tokens))
+
+    def generate(
+        self,
+        prompt: Tensor,
+        actions: Tensor,
+        *,
+        vocabulary: Vocabulary = PUBLISHED,
+        decoding: Decoding = GREEDY,
+    ) -> Tensor:
+        """Imagines `T` frames after each prompt, 64 tokens and the next action's 7 in turns.
+
+        The world behind the environment goes about it in the same way, and shares what prompts of
+        one start have in common (`wmgym.worlds.tokens.generate`).
+
+        Args:
+            prompt: `(B, P + 7)` ids: context, first frame, first action; 1,095 as published.
+            actions: `(B, T - 1, 7)` ids of the actions after the first.
+            vocabulary: What ids mean.
+            decoding: How the next token is chosen; noise follows from the start of the prompt.
+
+        Returns:
+            `(B, T, n)` ids of the frames.
+
+        Raises:
+            ValueError: Shapes do not fit, or ids are outside the vocabulary.
+        """
+        from wmgym.worlds.tokens.generate import Generator
+
+        length = vocabulary.prefix + ACTION_DIM
+        if prompt.ndim != 2 or prompt.shape[1] != length:
+            raise ValueError(f"prompt has shape {tuple(prompt.shape)}, expected (B, {length})")
+        if actions.ndim != 3 or actions.shape[::2] != (len(prompt), ACTION_DIM):
+            raise ValueError(
+                f"actions have shape {tuple(actions.shape)}, "
+                f"expected ({len(prompt)}, T - 1, {ACTION_DIM})"
+            )
+        told = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
+        self.check(torch.cat([prompt, actions.flatten(1)], 1))
+        prefix = prompt[:, : vocabulary.prefix]
+        generator = Generator(self, vocabulary, decoding, self.lm_head.weight.dtype)
+        noise = keys_of(prefix, decoding.seed)
+        return generator.generate(generator.prefix(prefix), 1, told, noise)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""
