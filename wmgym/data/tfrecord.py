@@ -32,12 +32,14 @@ class Record:
         number: Its index in the file.
         start: First byte of its data.
         stop: First byte after its data.
+        checksum: Masked checksum of its data.
     """
 
     path: Path
     number: int
     start: int
     stop: int
+    checksum: int
 
     def __str__(self) -> str:
         return f"{self.path}, record {self.number}"
@@ -56,9 +58,12 @@ def index_records(path: Path) -> list[Record]:
             start = 0
             while start < size:
                 file.seek(start)
-                record = _record(path, len(records), start, file.read(_HEAD), size)
-                records.append(record)
-                start = record.stop + _TAIL
+                length = _length(f"{path}, record {len(records)}", start, file.read(_HEAD), size)
+                begin, end = start + _HEAD, start + _HEAD + length
+                file.seek(end)
+                (checksum,) = struct.unpack("<I", file.read(_TAIL))
+                records.append(Record(path, len(records), begin, end, checksum))
+                start = end + _TAIL
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from error
     return records
@@ -74,17 +79,26 @@ def read_record(record: Record, *, verify: bool = True) -> bytes:
     Raises:
         DatasetError: The file is missing, became shorter, or the data are damaged.
     """
+    data = read_bytes(record, record.start, record.stop)
+    if verify and masked_crc32c(data) != record.checksum:
+        raise DatasetError(f"{record} is damaged: its data do not fit their checksum; {_RENEW}")
+    return data
+
+
+def read_bytes(record: Record, start: int, stop: int) -> bytes:
+    """Bytes `start ... stop` of a record's file, unchecked.
+
+    Raises:
+        DatasetError: The file is missing or became shorter.
+    """
     try:
-        with record.path.open("rb") as file:
-            file.seek(record.start)
-            data = file.read(record.stop - record.start)
-            checksum = file.read(_TAIL)
+        with record.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(stop - start)
     except OSError as error:
         raise DatasetError(f"{record} cannot be read: {error.strerror or error}") from error
-    if len(checksum) < _TAIL:
+    if len(data) < stop - start:
         raise DatasetError(f"{record} is truncated; {_RENEW}")
-    if verify and masked_crc32c(data) != struct.unpack("<I", checksum)[0]:
-        raise DatasetError(f"{record} is damaged: its data do not fit their checksum; {_RENEW}")
     return data
 
 
@@ -99,15 +113,13 @@ def write_record(file: BinaryIO, data: bytes) -> None:
 _RENEW = "download or make the file again"
 
 
-def _record(path: Path, number: int, start: int, head: bytes, size: int) -> Record:
-    """The record whose first bytes are `head`, in a file of `size` bytes."""
-    where = f"{path}, record {number} at byte {start}"
+def _length(where: str, start: int, head: bytes, size: int) -> int:
+    """Bytes of data of the record at byte `start` of a file of `size` bytes, begun by `head`."""
     if len(head) == _HEAD:
         length, checksum = struct.unpack("<QI", head)
         if masked_crc32c(head[:8]) != checksum:
-            kind = "is damaged" if number else "is no TFRecord, or a damaged or compressed one"
+            kind = "is damaged" if start else "is no TFRecord, or a damaged or compressed one"
             raise DatasetError(f"{where} {kind}: its length does not fit its checksum; {_RENEW}")
-        stop = start + _HEAD + length
-        if stop + _TAIL <= size:
-            return Record(path, number, start + _HEAD, stop)
-    raise DatasetError(f"{where} is truncated: the file ends at byte {size}; {_RENEW}")
+        if start + _HEAD + length + _TAIL <= size:
+            return length
+    raise DatasetError(f"{where} at byte {start} is truncated: the file has {size} bytes; {_RENEW}")
