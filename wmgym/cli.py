@@ -290,9 +290,10 @@ class Convert:
 
     def run(self) -> None:
         """Converts."""
-        from wmgym.data import convert
+        from wmgym.data import convert_dataset
 
-        print(f"wrote {convert(self.data, self.out, wrist=self.wrist, quality=self.quality)}")
+        out = convert_dataset(self.data, self.out, wrist=self.wrist, quality=self.quality)
+        print(f"wrote {out}")
 
 
 def _beside(world: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmgym.data.convert import convert, to_lerobot
+    from wmgym.data.convert import convert_dataset, to_lerobot
     from wmgym.data.episodes import (
         Dataset,
         DatasetError,
@@ -41,7 +41,7 @@ _HOMES = {
     "StoredDataset": "episodes",
     "WindowSampler": "windows",
     "assemble": "lerobot_writer",
-    "convert": "convert",
+    "convert_dataset": "convert",
     "normalize_q99": "statistics",
     "open_dataset": "opening",
     "stage_episode": "lerobot_writer",
@@ -66,7 +66,7 @@ __all__ = [
     "StoredDataset",
     "WindowSampler",
     "assemble",
-    "convert",
+    "convert_dataset",
     "normalize_q99",
     "open_dataset",
     "stage_episode",

@@ -24,7 +24,7 @@ from wmgym.spaces import CONTROL_HZ
 _SOURCE = "source.json"
 
 
-def convert(
+def convert_dataset(
     data: str | os.PathLike[str],
     out_dir: str | Path,
     *,
