@@ -36,6 +36,7 @@ OPTIONS = {
     "bench": BenchConfig,
     "report": cli.Report,
     "subset": cli.Subset,
+    "convert": cli.Convert,
 }
 
 

@@ -12,7 +12,7 @@ degrees, as the contract of `wmgym.spaces` wants them. What OpenVLA and VLA-RFT 
 the published `dataset_statistics.json` describe, has the gripper turned round: 1 opens, 0 closes.
 
 Pictures are decoded with the accurate inverse transform of pillow. TensorFlow's default decoder is
-a faster, coarser one: its pixels differ by up to 9 levels, by 1 on average;
+a faster, coarser one: its pixels differ by about 1 level on average and by up to 15;
 `tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")` gives the same as here.
 """
 
