@@ -13,7 +13,8 @@ import os
 import shutil
 from pathlib import Path
 
-from wmgym.data.episodes import Dataset, StoredDataset
+from wmgym.data.episodes import Dataset
+from wmgym.data.frame_cache import Fingerprinted
 from wmgym.data.lerobot import LeRobotDataset
 from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.data.opening import open_dataset
@@ -99,7 +100,7 @@ def to_lerobot(
 def _staged(staging: Path, dataset: Dataset, wrist: bool) -> set[str]:
     """Names of the episodes in the staging area, all of which are of this dataset."""
     source = staging / _SOURCE
-    data = dataset.fingerprint() if isinstance(dataset, StoredDataset) else repr(dataset.episodes)
+    data = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else repr(dataset.episodes)
     mine = {"data": data, "wrist": wrist}
     names = set(staged_names(staging))
     if not names:

@@ -86,8 +86,8 @@ class RLDSDataset:
 
     @property
     def has_wrist(self) -> bool:
-        """Whether there is a wrist camera."""
-        return bool(self._headers) and fmt.WRIST_IMAGE in self._headers[0].spans
+        """Whether every episode has a wrist camera."""
+        return all(fmt.WRIST_IMAGE in header.spans for header in self._headers)
 
     @property
     def episodes(self) -> list[EpisodeInfo]:

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from wmgym.data import rlds_format as fmt
 from wmgym.data import tf_example
-from wmgym.data.episodes import Dataset, DatasetError, Episode, EpisodeInfo, StoredDataset
+from wmgym.data.episodes import Dataset, DatasetError, Episode, EpisodeInfo
+from wmgym.data.frame_cache import Fingerprinted
 from wmgym.data.tfrecord import OVERHEAD, index_records, write_record
 from wmgym.files import write_text
 
@@ -185,7 +186,7 @@ def _check(dataset: Dataset, out: Path, quality: int, episodes_per_shard: int) -
 
 
 def _fingerprint(dataset: Dataset, options: tuple[object, ...]) -> str:
-    data = dataset.fingerprint() if isinstance(dataset, StoredDataset) else ""
+    data = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else ""
     return hashlib.sha256(repr((options, dataset.episodes, data)).encode()).hexdigest()
 
 
