@@ -342,6 +342,14 @@ def test_a_missing_wrist_camera_is_said(tmp_path):
         dataset.read(0, wrist=True)
 
 
+def test_an_episode_without_the_wrist_camera_means_none(tmp_path):
+    drop = without("steps/observation/wrist_image")
+    some = published.write(
+        tmp_path / "x" / "1.0.0", changes=lambda n, given: drop(n, given) if n == 5 else given
+    )
+    assert not RLDSDataset(some).has_wrist
+
+
 def test_no_dataset_is_told_what_was_found(tmp_path, joined_root):
     (tmp_path / "frames").mkdir()
     (tmp_path / "readme.txt").touch()
