@@ -40,6 +40,7 @@ OPTIONS = {
     "bench-rft": BenchRFTConfig,
     "report": cli.Report,
     "subset": cli.Subset,
+    "convert": cli.Convert,
 }
 
 

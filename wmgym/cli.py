@@ -156,6 +156,11 @@ def _subset() -> None:
     _options(Subset).run()
 
 
+def _convert() -> None:
+    """Turn an RLDS dataset into a LeRobot v3 one, or back; resumes."""
+    _options(Convert).run()
+
+
 COMMANDS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "record": _record,
@@ -171,6 +176,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "bench-rft": _bench_rft,
     "report": _tables,
     "subset": _subset,
+    "convert": _convert,
 }
 
 
@@ -179,7 +185,7 @@ class Score:
     """Score a world's pictures on held-out episodes."""
 
     data: tuple[Path, ...]
-    """Folders of LeRobot v3 datasets with held-out initial states."""
+    """Folders of LeRobot v3 or RLDS datasets with held-out episodes."""
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
@@ -303,6 +309,27 @@ class Subset:
         chosen = representative(LeRobotDataset(self.data).episodes, self.per_task)
         subset(self.data, self.out, chosen, keep_sim_states=self.sim_states, keep_wrist=self.wrist)
         print(f"{len(chosen)} episodes in {self.out}")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn an RLDS dataset into a LeRobot v3 one, or back; resumes."""
+
+    data: Path
+    """The dataset, of either format."""
+    out: Path
+    """The new dataset, of the other; as RLDS it is called like this folder."""
+    wrist: bool = True
+    """Keep the wrist camera, where there is one."""
+    quality: int = 95
+    """Quality of the JPEGs in RLDS, 1 to 100."""
+
+    def run(self) -> None:
+        """Converts."""
+        from wmgym.data import convert_dataset
+
+        out = convert_dataset(self.data, self.out, wrist=self.wrist, quality=self.quality)
+        print(f"wrote {out}")
 
 
 def _beside(world: Path, name: str) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wmgym.checkpoints import CheckpointError
-from wmgym.data import FrameCache, LeRobotDataset
+from wmgym.data import FrameCache, open_dataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
 from wmgym.files import complete_lines, write_text
@@ -222,7 +222,7 @@ def split_caches(
     """Decoded training and validation episodes; the main process decodes, the others open.
 
     Args:
-        data: Folders of LeRobot v3 datasets.
+        data: Folders of LeRobot v3 or RLDS datasets.
         folder: Where the decoded frames go.
         image_size: Height and width, pixels; None keeps those of the data.
         validation_states: Initial states of the validation episodes.
@@ -233,7 +233,7 @@ def split_caches(
     Raises:
         ValueError: There is no episode to train on, or none to validate on.
     """
-    datasets = [LeRobotDataset(path) for path in data]
+    datasets = [open_dataset(path) for path in data]
 
     def validates(info: EpisodeInfo) -> bool:
         return info.validates(validation_states) and accepts(info)
