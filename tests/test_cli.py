@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from wmgym_agents.compare import CompareConfig
 from wmgym_agents.evaluate import EvaluationConfig
 from wmgym_agents.experiment import ExperimentConfig
 from wmgym_agents.grpo import GRPOConfig
@@ -32,6 +33,7 @@ OPTIONS = {
     "sft": SFTConfig,
     "rft": GRPOConfig,
     "evaluate": EvaluationConfig,
+    "compare": CompareConfig,
     "experiment": ExperimentConfig,
     "bench": BenchConfig,
     "report": cli.Report,
