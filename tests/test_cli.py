@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from wmgym_agents.bench import BenchRFTConfig
+from wmgym_agents.compare import CompareConfig
 from wmgym_agents.evaluate import EvaluationConfig
 from wmgym_agents.experiment import ExperimentConfig
 from wmgym_agents.grpo import GRPOConfig
@@ -34,6 +35,7 @@ OPTIONS = {
     "sft": SFTConfig,
     "rft": GRPOConfig,
     "evaluate": EvaluationConfig,
+    "compare": CompareConfig,
     "experiment": ExperimentConfig,
     "bench": BenchConfig,
     "bench-published": BenchPublishedConfig,

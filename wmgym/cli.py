@@ -129,16 +129,31 @@ def _bench_rft() -> None:
 
 def _evaluate() -> None:
     """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
-    from wmgym_agents.evaluate import EvaluationConfig, evaluate, report
+    from wmgym_agents.evaluate import PAGE, REPORT, EvaluationConfig, evaluate, report
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = _options(EvaluationConfig)
     figures = report(config, evaluate(config), _command())
     for setting, rate in figures["settings"].items():
         share = 100 * rate["successes"] / rate["episodes"]
         low, high = (100 * bound for bound in rate["interval"])
         episodes = f"{rate['successes']} of {rate['episodes']}"
-        print(f"{setting:24s} {share:5.1f} %  [{low:.1f}, {high:.1f}]  {episodes}")
-    print(f"wrote {config.out / 'report.json'} and {config.out / 'index.html'}")
+        broken = f", {rate['errors']} broke off" if rate["errors"] else ""
+        print(f"{setting:24s} {share:5.1f} %  [{low:.1f}, {high:.1f}]  {episodes}{broken}")
+    print(f"wrote {config.out / REPORT} and {config.out / PAGE}")
+
+
+def _compare() -> None:
+    """Compare evaluations of policies on the same episodes, pair by pair."""
+    from wmgym_agents.compare import CompareConfig, compare, table
+
+    config = _options(CompareConfig)
+    figures = compare(config, _command())
+    print(table(figures))
+    for name, count in figures["left_out"].items():
+        if count:
+            print(f"{name}: {count} episodes left out, which another one has not played")
+    print(f"wrote {config.out} and {config.out.with_suffix('.html')}")
 
 
 def _audit() -> None:
@@ -170,6 +185,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "sft": _sft,
     "rft": _rft,
     "evaluate": _evaluate,
+    "compare": _compare,
     "experiment": _experiment,
     "bench": _bench,
     "bench-published": _bench_published,
