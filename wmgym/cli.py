@@ -43,6 +43,42 @@ def _train() -> None:
     print(f"trained {train(_options(TrainConfig))}")
 
 
+def _train_tokenizer() -> None:
+    """Train the published world's tokenizer; resumes when the run's folder holds a checkpoint."""
+    from wmgym.worlds.tokens.train_tokenizer import PRESETS, TokenizerTraining, train_tokenizer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    presets = {
+        name: TokenizerTraining(data=tyro.MISSING, out=tyro.MISSING, **changes)
+        for name, changes in PRESETS.items()
+    }
+    print(f"trained {train_tokenizer(_options(TokenizerTraining, presets))}")
+
+
+def _train_dynamics() -> None:
+    """Train the published world's dynamics over a frozen tokenizer; resumes likewise."""
+    from wmgym.worlds.tokens.train_dynamics import PRESETS, DynamicsTraining, train_dynamics
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    presets = {
+        name: DynamicsTraining(
+            data=tyro.MISSING, out=tyro.MISSING, tokenizer=tyro.MISSING, **changes
+        )
+        for name, changes in PRESETS.items()
+    }
+    print(f"trained {train_dynamics(_options(DynamicsTraining, presets))}")
+
+
+def _diagnose() -> None:
+    """Tell in which convention of actions a published world was trained."""
+    from wmgym.worlds.tokens.diagnose import DiagnosisConfig, diagnose, summary
+
+    config = _options(DiagnosisConfig)
+    figures = diagnose(config)
+    print(summary(figures))
+    _report(config.out, figures, config.seed)
+
+
 def _bench() -> None:
     """Imagined control steps per second against LIBERO's own, in one run (extra `libero`)."""
     from wmgym.bench import BenchConfig, bench
@@ -180,6 +216,9 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "record": _record,
     "train": _train,
+    "train-tokenizer": _train_tokenizer,
+    "train-dynamics": _train_dynamics,
+    "diagnose": _diagnose,
     "score": _score,
     "audit": _audit,
     "sft": _sft,

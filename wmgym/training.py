@@ -11,10 +11,10 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,19 @@ from wmgym.files import complete_lines, write_text
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Mean = Callable[[Tensor], Tensor]
+
+
+class Stateful(Protocol):
+    """What can be put into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state, of tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Goes back to a state."""
+        ...
 
 
 @dataclass
@@ -42,6 +55,7 @@ class Run(Generic[ModelT]):
         optimizer: The optimizer.
         settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
+        beside: What else belongs to the run, by name: a discriminator and its optimizer.
     """
 
     model: ModelT
@@ -49,19 +63,32 @@ class Run(Generic[ModelT]):
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     step: int = 0
+    beside: Mapping[str, Stateful] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, entirely or not at all."""
-        state = {
+        write_state(path, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "beside": {name: part.state_dict() for name, part in self.beside.items()},
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(path)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a state."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self.beside.items():
+            part.load_state_dict(state["beside"][name])
+        self.step = state["step"]
 
     def resume(self, path: Path, device: torch.device) -> None:
         """Goes back to a checkpoint if there is one."""
@@ -69,14 +96,23 @@ class Run(Generic[ModelT]):
             self.load(path, device)
             logger.info("going on from step %d of %s", self.step, path)
 
-    def descend(self, loss: Tensor, rate: float, *, clip: float, ema: float) -> Tensor:
-        """One optimizer step and one of the moving average.
+    def descend(
+        self,
+        loss: Tensor | Iterable[Tensor],
+        rate: float,
+        *,
+        clip: float,
+        ema: float,
+        mean: Mean | None = None,
+    ) -> Tensor:
+        """One optimizer step and one of the moving average; arguments as in `descend`.
 
         Args:
             loss: What to go down.
             rate: Learning rate of all weights.
             clip: Largest norm of the gradient.
             ema: Decay of the average; less in the first steps.
+            mean: Mean of a gradient over all processes.
 
         Returns:
             The norm of the gradient before clipping.
@@ -84,14 +120,8 @@ class Run(Generic[ModelT]):
         Raises:
             FloatingPointError: Loss or gradient is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        check_finite(loss, "loss", self.step)  # PyTorch's grid_sample crashes going back from NaN
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        check_finite(norm, "gradient", self.step)
-        self.optimizer.step()
+        weights = list(self.model.parameters())
+        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, mean=mean)
         self.step += 1
         if self.average is not None:
             update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
@@ -121,11 +151,7 @@ class Run(Generic[ModelT]):
                     f"{path} is of a run with other settings: {'; '.join(differ)}. Go on with the "
                     "old ones, choose another folder, or remove it to start anew"
                 )
-            self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.restore(state)
         except CheckpointError:
             raise
         except (
@@ -139,6 +165,59 @@ class Run(Generic[ModelT]):
             raise CheckpointError(
                 f"{path} is damaged, or of another shape ({reason}); remove it to start anew"
             ) from None
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint, entirely or not at all."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[nn.Parameter],
+    loss: Tensor | Iterable[Tensor],
+    rate: float,
+    *,
+    clip: float,
+    step: int,
+    mean: Mean | None = None,
+) -> Tensor:
+    """One optimizer step.
+
+    Args:
+        optimizer: The optimizer.
+        weights: What it moves.
+        loss: What to go down: a scalar, or parts of it, each of which is made only when it is its
+            turn, so that there must be memory for one at a time.
+        rate: Learning rate of all weights.
+        clip: Largest norm of the gradient.
+        step: Number of the step, for messages.
+        mean: Mean of a gradient over all processes; None where that is done elsewhere.
+
+    Returns:
+        The norm of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: Loss or gradient is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
+        part.backward()
+    if mean is not None:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad = mean(weight.grad)
+    norm = nn.utils.clip_grad_norm_(weights, clip)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # of weights that are spread over processes
+    check_finite(norm, "gradient", step)
+    optimizer.step()
+    return norm
 
 
 @torch.no_grad()
@@ -155,7 +234,7 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-_FREE = ("out", "device", "save_every", "validate_every")
+_FREE = ("out", "device", "save_every", "validate_every", "log_every")
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -164,7 +243,12 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name not in _FREE}
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> torch.optim.AdamW:
     """AdamW over what is trained of a model, with weight decay on matrices only."""
     weights = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -173,7 +257,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
         ],
         lr=learning_rate,
-        betas=(0.9, 0.99),
+        betas=betas,
     )
 
 
@@ -183,6 +267,11 @@ def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def warmup_constant(step: int, peak: float, warmup: int) -> float:
+    """Learning rate of step `step`, from 0: linear warm-up, then `peak`."""
+    return peak * min(1.0, (step + 1) / max(1, warmup))
 
 
 def check_finite(value: Tensor, name: str, step: int) -> None:

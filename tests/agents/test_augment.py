@@ -5,7 +5,9 @@ from __future__ import annotations
 import colorsys
 
 import torch
-from wmgym_agents.augment import _turn_hue, center_crop, random_view
+from wmgym_agents.augment import center_crop, random_view
+
+from wmgym.colour import turned_hue
 
 
 def pictures(rows=4):
@@ -33,8 +35,8 @@ def test_views_differ_by_row_and_repeat_with_the_generator():
 
 def test_hue_is_turned_and_grey_stays_grey():
     colour = torch.tensor([0.8, 0.3, 0.2])
-    turned = _turn_hue(colour.view(1, 3, 1, 1), torch.tensor([2 * torch.pi / 3]))
+    turned = turned_hue(colour.view(1, 3, 1, 1), torch.tensor([2 * torch.pi / 3]))
     before, after = colorsys.rgb_to_hsv(*colour), colorsys.rgb_to_hsv(*turned.flatten())
     assert abs(abs(after[0] - before[0]) % 1 - 1 / 3) < 0.1 or abs(after[0] - before[0]) > 0.5
     grey = torch.full((1, 3, 2, 2), 0.4)
-    torch.testing.assert_close(_turn_hue(grey, torch.tensor([1.0])), grey, atol=2e-3, rtol=0)
+    torch.testing.assert_close(turned_hue(grey, torch.tensor([1.0])), grey, atol=2e-3, rtol=0)

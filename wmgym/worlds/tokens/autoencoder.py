@@ -313,5 +313,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, context: Sequence[Tensor] = ()) -> Tensor:
         """Pictures `(B, 3, H, W)`, not clipped; arguments as in `features`."""
-        x = self.features(latents, context)[-1]
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        return self.picture(self.features(latents, context)[-1])
+
+    def picture(self, feature: Tensor) -> Tensor:
+        """Pictures `(B, 3, H, W)` of the last of all features."""
+        return self.conv_out(_silu(self.conv_norm_out(feature)))

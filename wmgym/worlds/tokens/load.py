@@ -74,12 +74,10 @@ def load_token_world(
     Raises:
         CheckpointError: Something is missing, damaged, or does not fit.
     """
-    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    parts = load_parts(world, tokenizer=tokenizer, actions=actions)
     try:
         return TokenWorld(
-            CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
-            TokenDynamics.from_pretrained(folder),
-            actions or _actions(folder),
+            *parts,
             name=Path(world).name,
             device=device,
             dtype=dtype,
@@ -91,7 +89,26 @@ def load_token_world(
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{world}: {error}") from None
+
+
+def load_parts(
+    world: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    actions: ActionTokens | None = None,
+) -> tuple[CompressiveTokenizer, TokenDynamics, ActionTokens]:
+    """What a world in the published layout is made of; arguments as in `load_token_world`.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or does not fit.
+    """
+    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    return (
+        CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
+        TokenDynamics.from_pretrained(folder),
+        actions or _actions(folder),
+    )
 
 
 def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:

@@ -225,14 +225,19 @@ class TokenDynamics(nn.Module):
         """Writes such a folder, which `transformers` loads as well."""
         write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
+
+        Args:
+            tokens: Sequences.
+            at: Places `(P,)` whose logits `(B, P, V)` are wanted; None wants all.
 
         Raises:
             ValueError: Tokens of another shape, outside the vocabulary, or too many.
         """
         self.check(tokens)
-        return self.lm_head(self.hidden(tokens))
+        hidden = self.hidden(tokens)
+        return self.lm_head(hidden if at is None else hidden[:, at])
 
     def generate(
         self,
