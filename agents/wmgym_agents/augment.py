@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wmgym_agents.noise import Source, rows
+from wmgym_agents.randomness import Source, rows
 
 CROP_AREA = 0.9
 BRIGHTNESS = 0.2
