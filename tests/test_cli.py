@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from wmgym_agents.bench import BenchRFTConfig
+from wmgym_agents.compare import CompareConfig
 from wmgym_agents.evaluate import EvaluationConfig
 from wmgym_agents.experiment import ExperimentConfig
 from wmgym_agents.grpo import GRPOConfig
@@ -17,6 +19,7 @@ from wmgym_agents.sft import SFTConfig
 from wmgym import cli
 from wmgym.audit import AuditConfig
 from wmgym.bench import BenchConfig
+from wmgym.bench_published import BenchPublishedConfig
 from wmgym.checkpoints import shipped
 from wmgym.data import LeRobotDataset
 from wmgym.demo import DemoConfig
@@ -34,10 +37,14 @@ OPTIONS = {
     "rft": GRPOConfig,
     "import-policy": cli.ImportPolicy,
     "evaluate": EvaluationConfig,
+    "compare": CompareConfig,
     "experiment": ExperimentConfig,
     "bench": BenchConfig,
+    "bench-published": BenchPublishedConfig,
+    "bench-rft": BenchRFTConfig,
     "report": cli.Report,
     "subset": cli.Subset,
+    "convert": cli.Convert,
 }
 
 
@@ -62,7 +69,7 @@ def test_help_names_every_command(wmgym):
     assert code == 0
     assert OPTIONS.keys() == cli.COMMANDS.keys()
     for name, command in cli.COMMANDS.items():
-        assert f"{name:13s} {command.__doc__}" in out
+        assert f"{name:15s} {command.__doc__}" in out
     code, _, printed = wmgym("evalute")
     assert code == 2
     assert out in printed

@@ -51,9 +51,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(save, tmp_path, little_room
 
 
 def test_other_failures_are_passed_on(tmp_path):
-    with pytest.raises(KeyError), complete(tmp_path / "file", RuntimeError) as part:
-        part.touch()
-        raise KeyError
+    with pytest.raises(IsADirectoryError), complete(tmp_path / "file", RuntimeError):
+        tmp_path.write_text("a folder")
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmgym.data import LeRobotDataset
+from wmgym.data import open_dataset
 from wmgym.envs.simulator import Simulator, gripper_command_after
 from wmgym.extras import require
 from wmgym.rewards.perceptual import LPIPS
@@ -109,7 +109,7 @@ def audit_starts(config: AuditConfig) -> list[Start]:
     """All starts of an audit with their chunks."""
     starts = []
     for index, folder in enumerate(config.data):
-        dataset = LeRobotDataset(folder)
+        dataset = open_dataset(folder)
         for episode_id, t in held_out_starts(dataset, config.horizon, config.starts, config.seed):
             rng = np.random.default_rng([config.seed, index, episode_id, t])
             reference = dataset.read(episode_id, t, t + config.horizon).actions
@@ -127,7 +127,7 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
     target = start.file(config)
     if target.exists():
         return
-    dataset = LeRobotDataset(start.dataset)
+    dataset = open_dataset(start.dataset)
     info = dataset.episodes[start.episode_id]
     piece = dataset.read(start.episode_id, start.frame, start.frame + 1)
     fingers = gripper_command_after(dataset.read_numbers(start.episode_id)[1][: start.frame])
@@ -204,7 +204,7 @@ def _compare(
     with np.load(start.file(config), allow_pickle=False) as real:
         real_frames = torch.from_numpy(real["frames"]).movedim(-1, -3).float() / 255
         real_tip, objects = real["proprio"][..., :3], real["objects"]
-    dataset = LeRobotDataset(start.dataset)
+    dataset = open_dataset(start.dataset)
     place, past, chunks = (start.episode_id, start.frame), world.context, len(start.actions)
     frames, proprio, _ = read_windows(
         dataset, [place], config.horizon, context=past, image_size=world.image_size

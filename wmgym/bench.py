@@ -124,11 +124,11 @@ class _Imagined:
         model = self.env.world.model  # type: ignore[attr-defined]
         lpips = shared_lpips(self.env.world.device, self._dtype())
         with (
-            _timed(model.dynamics, "forward", "dynamics", seconds),
-            _timed(model.tokenizer, "decode", "drawing", seconds),
-            _timed(lpips, "features", "lpips", seconds),
-            _timed(lpips, "distance", "lpips", seconds),
-            _timed(self.env, "step", "all", seconds),
+            timed(model.dynamics, "forward", "dynamics", seconds),
+            timed(model.tokenizer, "decode", "drawing", seconds),
+            timed(lpips, "features", "lpips", seconds),
+            timed(lpips, "distance", "lpips", seconds),
+            timed(self.env, "step", "all", seconds),
         ):
             for _ in range(self.config.repeats):
                 self.rate()
@@ -141,7 +141,7 @@ class _Imagined:
 
 
 @contextmanager
-def _timed(owner: Any, method: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
+def timed(owner: Any, method: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Adds up the time spent in a method of one object."""
     original: Callable[..., Any] = getattr(owner, method)
 

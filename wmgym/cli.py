@@ -45,6 +45,42 @@ def _train() -> None:
     print(f"trained {train(_options(TrainConfig))}")
 
 
+def _train_tokenizer() -> None:
+    """Train the published world's tokenizer; resumes when the run's folder holds a checkpoint."""
+    from wmgym.worlds.tokens.train_tokenizer import PRESETS, TokenizerTraining, train_tokenizer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    presets = {
+        name: TokenizerTraining(data=tyro.MISSING, out=tyro.MISSING, **changes)
+        for name, changes in PRESETS.items()
+    }
+    print(f"trained {train_tokenizer(_options(TokenizerTraining, presets))}")
+
+
+def _train_dynamics() -> None:
+    """Train the published world's dynamics over a frozen tokenizer; resumes likewise."""
+    from wmgym.worlds.tokens.train_dynamics import PRESETS, DynamicsTraining, train_dynamics
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    presets = {
+        name: DynamicsTraining(
+            data=tyro.MISSING, out=tyro.MISSING, tokenizer=tyro.MISSING, **changes
+        )
+        for name, changes in PRESETS.items()
+    }
+    print(f"trained {train_dynamics(_options(DynamicsTraining, presets))}")
+
+
+def _diagnose() -> None:
+    """Tell in which convention of actions a published world was trained."""
+    from wmgym.worlds.tokens.diagnose import DiagnosisConfig, diagnose, summary
+
+    config = _options(DiagnosisConfig)
+    figures = diagnose(config)
+    print(summary(figures))
+    _report(config.out, figures, config.seed)
+
+
 def _bench() -> None:
     """Imagined control steps per second against LIBERO's own, in one run (extra `libero`)."""
     from wmgym.bench import BenchConfig, bench
@@ -99,18 +135,67 @@ def _experiment() -> None:
     experiment(_options(ExperimentConfig), _command(), print)
 
 
+def _bench_published() -> None:
+    """Measure the published world against Hugging Face's generate (extra `vla`)."""
+    from wmgym.bench_published import BenchPublishedConfig, bench_published
+
+    config = _options(BenchPublishedConfig)
+    figures = bench_published(config, print)
+    for dtypes in figures.values():
+        for dtype, told in dtypes.items():
+            print(dtype)
+            for name, way in told["ways"].items():
+                shown = "  ".join(f"{part} {value:.2f}" for part, value in way.items())
+                print(f"  {name:10s} {shown}")
+            for name, value in told.items():
+                if "speedup" in name or "same" in name:
+                    print(f"  {name:36s} {value}")
+    if config.out is not None:
+        if config.out.exists():  # of other devices
+            figures = json.loads(config.out.read_text()) | figures
+        _report(config.out, figures, config.seed)
+
+
+def _bench_rft() -> None:
+    """Measure an RFT step at the published size, with random weights (extra `vla`)."""
+    from wmgym_agents.bench import BenchRFTConfig, bench_rft
+
+    config = _options(BenchRFTConfig)
+    figures = bench_rft(config)
+    for name, value in figures["steps"][-1].items():
+        print(f"{name:24s} {value:.4f}")
+    print(f"peak memory {figures['peak_memory_gib']} GiB, parameters {figures['parameters']}")
+    if config.out is not None:
+        _report(config.out, figures, config.seed)
+
+
 def _evaluate() -> None:
     """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
-    from wmgym_agents.evaluate import EvaluationConfig, evaluate, report
+    from wmgym_agents.evaluate import PAGE, REPORT, EvaluationConfig, evaluate, report
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = _options(EvaluationConfig)
     figures = report(config, evaluate(config), _command())
     for setting, rate in figures["settings"].items():
         share = 100 * rate["successes"] / rate["episodes"]
         low, high = (100 * bound for bound in rate["interval"])
         episodes = f"{rate['successes']} of {rate['episodes']}"
-        print(f"{setting:24s} {share:5.1f} %  [{low:.1f}, {high:.1f}]  {episodes}")
-    print(f"wrote {config.out / 'report.json'} and {config.out / 'index.html'}")
+        broken = f", {rate['errors']} broke off" if rate["errors"] else ""
+        print(f"{setting:24s} {share:5.1f} %  [{low:.1f}, {high:.1f}]  {episodes}{broken}")
+    print(f"wrote {config.out / REPORT} and {config.out / PAGE}")
+
+
+def _compare() -> None:
+    """Compare evaluations of policies on the same episodes, pair by pair."""
+    from wmgym_agents.compare import CompareConfig, compare, table
+
+    config = _options(CompareConfig)
+    figures = compare(config, _command())
+    print(table(figures))
+    for name, count in figures["left_out"].items():
+        if count:
+            print(f"{name}: {count} episodes left out, which another one has not played")
+    print(f"wrote {config.out} and {config.out.with_suffix('.html')}")
 
 
 def _audit() -> None:
@@ -128,20 +213,32 @@ def _subset() -> None:
     _options(Subset).run()
 
 
+def _convert() -> None:
+    """Turn an RLDS dataset into a LeRobot v3 one, or back; resumes."""
+    _options(Convert).run()
+
+
 COMMANDS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "record": _record,
     "train": _train,
+    "train-tokenizer": _train_tokenizer,
+    "train-dynamics": _train_dynamics,
+    "diagnose": _diagnose,
     "score": _score,
     "audit": _audit,
     "sft": _sft,
     "rft": _rft,
     "import-policy": _import_policy,
     "evaluate": _evaluate,
+    "compare": _compare,
     "experiment": _experiment,
     "bench": _bench,
+    "bench-published": _bench_published,
+    "bench-rft": _bench_rft,
     "report": _tables,
     "subset": _subset,
+    "convert": _convert,
 }
 
 
@@ -150,7 +247,7 @@ class Score:
     """Score a world's pictures on held-out episodes."""
 
     data: tuple[Path, ...]
-    """Folders of LeRobot v3 datasets with held-out initial states."""
+    """Folders of LeRobot v3 or RLDS datasets with held-out episodes."""
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
@@ -301,6 +398,27 @@ class Subset:
         print(f"{len(chosen)} episodes in {self.out}")
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Turn an RLDS dataset into a LeRobot v3 one, or back; resumes."""
+
+    data: Path
+    """The dataset, of either format."""
+    out: Path
+    """The new dataset, of the other; as RLDS it is called like this folder."""
+    wrist: bool = True
+    """Keep the wrist camera, where there is one."""
+    quality: int = 95
+    """Quality of the JPEGs in RLDS, 1 to 100."""
+
+    def run(self) -> None:
+        """Converts."""
+        from wmgym.data import convert_dataset
+
+        out = convert_dataset(self.data, self.out, wrist=self.wrist, quality=self.quality)
+        print(f"wrote {out}")
+
+
 def _beside(world: Path, name: str) -> Path:
     """Where a report of a world goes by default: never among the files that ship."""
     from wmgym.assets import asset_path
@@ -357,7 +475,7 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
 
 
 def _usage() -> str:
-    lines = [f"  {name:13s} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15s} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: wmgym COMMAND [--help] [OPTIONS]", "", *lines])
 
 

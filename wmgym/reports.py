@@ -112,6 +112,50 @@ def _shown(figure: float | None) -> str:
     return "undefined" if figure is None else f"{figure:.3f}"
 
 
+def published_table(path: str | Path) -> str:
+    """Markdown table of `wmgym bench-published`: seconds to rewards and what they go into."""
+    report = json.loads(Path(path).read_text())
+    names = {
+        "ours": "wmgym",
+        "generate": "`generate`, cache kept",
+        "reprefill": "`generate`, prompt passed again for every frame",
+    }
+    lines = [
+        "| one start, members and their reference | seconds to R3 | generating | drawing "
+        "| tokens per second | peak GiB | wmgym is faster by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for device in ("cpu", "cuda"):
+        for dtype, told in report.get(device, {}).items():
+            size = f"{told['members']} x {told['frames']} frames"
+            for name, way in told["ways"].items():
+                ratio = told.get(f"speedup_vs_{name}")
+                only = told.get(f"generation_speedup_vs_{name}")
+                shown = "" if ratio is None else f"{ratio:.1f} (generating {only:.1f})"
+                lines.append(
+                    f"| {device}, {dtype}, {size}: {names[name]} | {way['total']:.1f} | "
+                    f"{way['generation']:.1f} | {way['drawing']:.1f} | {way['tokens_per_s']:.0f} | "
+                    f"{way['peak_memory_gib']:.1f} | {shown} |"
+                )
+    return "\n".join(lines)
+
+
+def memory_table(path: str | Path) -> str:
+    """Markdown table of the memory that environments of the published world take."""
+    report = json.loads(Path(path).read_text())
+    columns = {
+        f"{device}, {dtype}": told["memory_gib"]
+        for device in ("cpu", "cuda")
+        for dtype, told in report.get(device, {}).items()
+    }
+    counts = next(iter(columns.values()))
+    lines = [f"| environments | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
+    for count in counts:
+        values = (f"{column[count]:.1f} GiB" for column in columns.values())
+        lines.append(f"| {count} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def speed_table(path: str | Path) -> str:
     """Markdown table of a benchmark report."""
     report = json.loads(Path(path).read_text())

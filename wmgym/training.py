@@ -12,11 +12,11 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +24,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wmgym.checkpoints import CheckpointError
-from wmgym.data import FrameCache, LeRobotDataset
+from wmgym.data import FrameCache, open_dataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
-from wmgym.files import complete, complete_lines, write_text
+from wmgym.files import complete, json_lines, write_text
 from wmgym.settings import described
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Mean = Callable[[Tensor], Tensor]
+
+
+class Stateful(Protocol):
+    """What can be put into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state, of tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Goes back to a state."""
+        ...
 
 
 @dataclass
@@ -45,6 +58,7 @@ class Run(Generic[ModelT]):
         optimizer: The optimizer.
         settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
+        beside: What else belongs to the run, by name: a discriminator and its optimizer.
     """
 
     model: ModelT
@@ -52,22 +66,32 @@ class Run(Generic[ModelT]):
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     step: int = 0
+    beside: Mapping[str, Stateful] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, entirely or not at all.
+        """Writes a checkpoint, entirely or not at all; `OSError` if it cannot be written."""
+        write_state(path, self.state())
 
-        Raises:
-            OSError: It cannot be written.
-        """
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "beside": {name: part.state_dict() for name, part in self.beside.items()},
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
-        with complete(path, RuntimeError) as part:
-            torch.save(state, part)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a state."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self.beside.items():
+            part.load_state_dict(state["beside"][name])
+        self.step = state["step"]
 
     def resume(self, path: Path, device: torch.device) -> None:
         """Goes back to a checkpoint if there is one."""
@@ -75,14 +99,23 @@ class Run(Generic[ModelT]):
             self.load(path, device)
             logger.info("going on from step %d of %s", self.step, path)
 
-    def descend(self, loss: Tensor, rate: float, *, clip: float, ema: float) -> Tensor:
-        """One optimizer step and one of the moving average.
+    def descend(
+        self,
+        loss: Tensor | Iterable[Tensor],
+        rate: float,
+        *,
+        clip: float,
+        ema: float,
+        mean: Mean | None = None,
+    ) -> Tensor:
+        """One optimizer step and one of the moving average; arguments as in `descend`.
 
         Args:
             loss: What to go down.
             rate: Learning rate of all weights.
             clip: Largest norm of the gradient.
             ema: Decay of the average; less in the first steps.
+            mean: Mean of a gradient over all processes.
 
         Returns:
             The norm of the gradient before clipping.
@@ -90,14 +123,8 @@ class Run(Generic[ModelT]):
         Raises:
             FloatingPointError: Loss or gradient is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        check_finite(loss, "loss", self.step)  # PyTorch's grid_sample crashes going back from NaN
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        check_finite(norm, "gradient", self.step)
-        self.optimizer.step()
+        weights = list(self.model.parameters())
+        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, mean=mean)
         self.step += 1
         if self.average is not None:
             update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
@@ -129,11 +156,7 @@ class Run(Generic[ModelT]):
                     f"{path} is of a run with other settings: {'; '.join(differ)}. Go on with the "
                     "old ones, choose another folder, or remove it to start anew"
                 )
-            self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.restore(state)
         except CheckpointError:
             raise
         except (
@@ -150,6 +173,62 @@ class Run(Generic[ModelT]):
             ) from None
 
 
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint, entirely or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with complete(path, RuntimeError) as part:
+        torch.save(state, part)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[nn.Parameter],
+    loss: Tensor | Iterable[Tensor],
+    rate: float,
+    *,
+    clip: float,
+    step: int,
+    mean: Mean | None = None,
+) -> Tensor:
+    """One optimizer step.
+
+    Args:
+        optimizer: The optimizer.
+        weights: What it moves.
+        loss: What to go down: a scalar, or parts of it, each of which is made only when it is its
+            turn, so that there must be memory for one at a time.
+        rate: Learning rate of all weights.
+        clip: Largest norm of the gradient.
+        step: Number of the step, for messages.
+        mean: Mean of a gradient over all processes; None where that is done elsewhere.
+
+    Returns:
+        The norm of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: Loss or gradient is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
+        part.backward()
+    if mean is not None:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad = mean(weight.grad)
+    norm = nn.utils.clip_grad_norm_(weights, clip)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # of weights that are spread over processes
+    check_finite(norm, "gradient", step)
+    optimizer.step()
+    return norm
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves the averaged weights towards the current ones; buffers are copied."""
@@ -164,7 +243,15 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-_FREE = ("out", "device", "save_every", "validate_every", "validation_windows", "film_every")
+_FREE = (
+    "out",
+    "device",
+    "save_every",
+    "validate_every",
+    "validation_windows",
+    "film_every",
+    "log_every",
+)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -173,7 +260,12 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _FREE}
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> torch.optim.AdamW:
     """AdamW over what is trained of a model, with weight decay on matrices only."""
     weights = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -182,7 +274,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
         ],
         lr=learning_rate,
-        betas=(0.9, 0.99),
+        betas=betas,
     )
 
 
@@ -192,6 +284,11 @@ def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def warmup_constant(step: int, peak: float, warmup: int) -> float:
+    """Learning rate of step `step`, from 0: linear warm-up, then `peak`."""
+    return peak * min(1.0, (step + 1) / max(1, warmup))
 
 
 def check_finite(
@@ -239,7 +336,7 @@ def split_caches(
     """Decoded training and validation episodes; the main process decodes, the others open.
 
     Args:
-        data: Folders of LeRobot v3 datasets.
+        data: Folders of LeRobot v3 or RLDS datasets.
         folder: Where the decoded frames go.
         image_size: Height and width, pixels; None keeps those of the data.
         validation_states: Initial states of the validation episodes.
@@ -250,7 +347,7 @@ def split_caches(
     Raises:
         ValueError: There is no episode to train on, or none to validate on.
     """
-    datasets = [LeRobotDataset(path) for path in data]
+    datasets = [open_dataset(path) for path in data]
 
     def validates(info: EpisodeInfo) -> bool:
         return info.validates(validation_states) and accepts(info)
@@ -313,17 +410,6 @@ class Timer:
         return seconds
 
 
-def _until(path: Path, step: int) -> Iterator[str]:
-    """Lines of a log up to a step; at step 0 a run begins anew, and has none."""
-    for number, line in enumerate(complete_lines(path) if step else [], start=1):
-        try:
-            wanted = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"line {number} of {path} is damaged: remove it to go on") from None
-        if wanted:
-            yield line
-
-
 class Log:
     """Figures to `log.jsonl`, to TensorBoard where it is installed, and a progress bar on stderr.
 
@@ -348,7 +434,8 @@ class Log:
         if not here.main:
             return
         path = folder / "log.jsonl"
-        write_text(path, "".join(_until(path, step)))
+        kept = [entry for entry in json_lines(path) if entry.get("step", 0) <= step] if step else []
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter

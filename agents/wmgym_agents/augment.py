@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wmgym.colour import contrasted, saturated, turned_hue
 from wmgym_agents.randomness import Source, rows
 
 CROP_AREA = 0.9
@@ -18,9 +19,6 @@ BRIGHTNESS = 0.2
 CONTRAST = 0.2
 SATURATION = 0.2
 HUE = 0.05
-
-_GREY = (0.299, 0.587, 0.114)
-_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def center_crop(pixels: Tensor) -> Tensor:
@@ -39,11 +37,9 @@ def random_view(pixels: Tensor, generator: Source) -> Tensor:
     shift, bright, contrast, saturation, hue = draws.split([2, 1, 1, 1, 1], dim=1)
     x = _crop(pixels, shift)
     x = x + BRIGHTNESS * bright[..., None, None]
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * (1 + CONTRAST * contrast[..., None, None])
-    grey = torch.einsum("bchw,c->bhw", x, x.new_tensor(_GREY))[:, None]
-    x = grey + (x - grey) * (1 + SATURATION * saturation[..., None, None])
-    return _turn_hue(x, 2 * math.pi * HUE * hue[:, 0]).clamp(0, 1)
+    x = contrasted(x, 1 + CONTRAST * contrast[..., None, None])
+    x = saturated(x, 1 + SATURATION * saturation[..., None, None])
+    return turned_hue(x, 2 * math.pi * HUE * hue[:, 0]).clamp(0, 1)
 
 
 def _crop(pixels: Tensor, shift: Tensor) -> Tensor:
@@ -54,13 +50,3 @@ def _crop(pixels: Tensor, shift: Tensor) -> Tensor:
     theta[:, :, 2] = shift * (1 - side)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-
-def _turn_hue(x: Tensor, angle: Tensor) -> Tensor:
-    """Turns the chrominance of pictures by angles `(B,)`, in YIQ space."""
-    to_yiq = x.new_tensor(_YIQ)
-    cos, sin = angle.cos(), angle.sin()
-    turn = torch.zeros(len(x), 3, 3, dtype=x.dtype, device=x.device)
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, -sin, sin, cos
-    return torch.einsum("bij,bjhw->bihw", to_yiq.inverse() @ turn @ to_yiq, x)

@@ -1,29 +1,31 @@
 """Evaluation in LIBERO: how often a policy solves its tasks in real physics.
 
 The protocol is the published one: LIBERO's stored initial states, ten steps to settle, chunks of
-eight actions open loop, the step limit of the suite, success by LIBERO's own check. By default the
-held-out initial states 40-49 are used; `init_states` 0-49 in one setting is the published run of 50
-episodes a task. Settings other than "standard" start from perturbed copies of these states
-(`wmgym.envs.perturbations`); suites may be LIBERO-PRO's, such as "libero_object_swap".
+eight actions open loop, the step limit of the suite, success by LIBERO's own check; an episode that
+breaks off with an error has failed. By default the held-out initial states 40-49 are used;
+`init_states` 0-49 in one setting is the published run of 50 episodes a task. Settings other than
+"standard" start from perturbed copies of these states (`wmgym.envs.perturbations`); suites may be
+LIBERO-PRO's, such as "libero_object_swap".
 
 What an episode is, its noise included, follows from seed, task, initial state, setting and copy, so
-two policies meet the same episodes and are compared pair by pair. Finished episodes are appended to
-`episodes.jsonl`; an interrupted evaluation goes on with the others. Pictures are made where the
-policy looks, once per chunk; videos of failures repeat those episodes afterwards.
+two policies meet the same episodes and are compared pair by pair (`wmgym_agents.compare`). Finished
+episodes are kept in the folder; an interrupted evaluation goes on with the others. Pictures are
+made where the policy looks, once per chunk; films of failures repeat those episodes afterwards.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import itertools
 import json
+import logging
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,30 +34,22 @@ from tqdm import tqdm
 
 from wmgym.envs.libero import LiberoEnv
 from wmgym.envs.perturbations import PERTURBATIONS
-from wmgym.envs.simulator import instruction, n_tasks
+from wmgym.envs.simulator import initial_states, instruction, n_tasks
 from wmgym.extras import require
-from wmgym.files import complete_lines, write_text
-from wmgym.recording.video import VideoWriter
+from wmgym.files import write_text
 from wmgym.reports import write_report
-from wmgym.spaces import ACTION_DIM, CONTROL_HZ
-from wmgym.training import seed_of
+from wmgym.spaces import ACTION_DIM
 from wmgym.workers import in_workers
-from wmgym_agents.page import page
-from wmgym_agents.policy import FlowVLA, Observation
+from wmgym_agents.acting import Flow, Policy, digest, load_policy
+from wmgym_agents.films import film
+from wmgym_agents.outcomes import EPISODES, Episode, Outcomes, line, read, resume
+from wmgym_agents.page import evaluation_page
 from wmgym_agents.statistics import rate
 
-EPISODES, REPORT = "episodes.jsonl", "report.json"
-_JOB = 10
+logger = logging.getLogger(__name__)
 
-
-class Policy(Protocol):
-    """What can be evaluated."""
-
-    def reset(self, seed: int) -> None:
-        """Begins an episode; a policy that draws must draw from this seed."""
-
-    def act(self, observation: Observation) -> NDArray[np.floating]:
-        """A chunk `(1, T, 7)` of raw LIBERO actions for one observation."""
+REPORT, PAGE = "report.json", "index.html"
+_IMAGE_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -63,20 +57,26 @@ class EvaluationConfig:
     """What to evaluate.
 
     Attributes:
-        policy: Name or folder of a `FlowVLA`, or `module:function` that returns any `Policy`.
+        policy: Name or folder of a `FlowVLA`, or `module:function` that returns one, or any object
+            with `reset(seed)` and `act(observation)`; modules of the working directory are found.
         out: Folder of episodes, report and videos.
         suite: LIBERO suite, or one of LIBERO-PRO's.
         tasks: Its tasks; None means all.
         init_states: Stored initial states of every task.
-        settings: Names in `PERTURBATIONS`.
+        settings: Names in `PERTURBATIONS`: standard, jitter, object_position_minor,
+            object_position_major, goal_position_minor, goal_position_major, robot_state_minor,
+            robot_state_major, combined_minor, combined_major.
         copies: Episodes per initial state in settings that draw something.
         chunk: Actions executed before the policy looks again.
         max_steps: Control steps of an episode; None means the suite's published limit.
-        image_size: Pixels of the pictures, height and width.
-        fast_rendering: How pictures are drawn: as those the policy was trained on.
+        image_size: Pixels of the pictures, height and width; None means what the policy says, or
+            else 128. A policy that was trained on LIBERO's own data usually wants 256.
+        fast_rendering: How pictures are drawn: as those the policy was trained on. True is how
+            wmgym records; policies from elsewhere want False.
         temperature: Size of the noise that a `FlowVLA` denoises; the published protocol has 1.
         seed: Seed of perturbations, fixtures and the policy's noise.
-        workers: Simulator processes.
+        device: Where a `FlowVLA` runs: "auto" (CUDA where there is some), "cpu" or "cuda".
+        workers: Simulator processes; each holds a policy too.
         videos: Videos of failed episodes, per setting.
     """
 
@@ -89,10 +89,11 @@ class EvaluationConfig:
     copies: int = 1
     chunk: int = 8
     max_steps: int | None = None
-    image_size: int = 128
+    image_size: int | None = None
     fast_rendering: bool = True
     temperature: float = 1.0
     seed: int = 7
+    device: str = "auto"
     workers: int = 2
     videos: int = 0
 
@@ -102,36 +103,19 @@ class EvaluationConfig:
             raise ValueError(f"settings={self.settings}: allowed are {list(PERTURBATIONS)}")
         if min(self.copies, self.chunk, self.workers) < 1 or not self.init_states:
             raise ValueError("copies, chunk and workers must be >= 1, init_states not empty")
+        if min(self.videos, self.temperature) < 0:
+            raise ValueError(
+                f"videos={self.videos}, temperature={self.temperature}: both must be >= 0"
+            )
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What all episodes of a folder have in common."""
+        described = {name: getattr(self, name) for name in ("policy", "suite", *_FIXED)}
+        return {**described, "weights": digest(self.policy)}
 
 
-@dataclass(frozen=True, order=True)
-class Episode:
-    """One episode to play.
-
-    Attributes:
-        task_id: Task of the suite.
-        setting: Name of the perturbation.
-        init_state: Stored initial state.
-        copy: Number of the perturbed copy.
-    """
-
-    task_id: int
-    setting: str
-    init_state: int
-    copy: int
-
-    def seed(self, config: EvaluationConfig) -> int:
-        """Of everything random in it."""
-        settings = list(PERTURBATIONS).index(self.setting)
-        return seed_of(config.seed, self.task_id, settings, self.init_state, self.copy) % 2**31
-
-
-class Outcomes(dict[Episode, dict[str, Any]]):
-    """Finished episodes with `success`, `steps` and `seconds`."""
-
-    def successes(self, setting: str) -> dict[Episode, bool]:
-        """Whether each episode of a setting was solved."""
-        return {e: o["success"] for e, o in sorted(self.items()) if e.setting == setting}
+_FIXED = ("chunk", "max_steps", "image_size", "fast_rendering", "temperature", "seed")
 
 
 def episodes(config: EvaluationConfig) -> list[Episode]:
@@ -146,56 +130,75 @@ def episodes(config: EvaluationConfig) -> list[Episode]:
     ]
 
 
-class _Flow:
-    """A `FlowVLA` as a policy to evaluate: noise is drawn for the episode, none while denoising."""
-
-    def __init__(self, policy: str, temperature: float) -> None:
-        self.policy = FlowVLA.from_pretrained(policy)
-        self.temperature = temperature
-
-    def reset(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def act(self, observation: Observation) -> NDArray[np.float32]:
-        return self.policy.act(observation, self.generator, self.temperature)
-
-
-def load_policy(policy: str, temperature: float = 1.0) -> Policy:
-    """A policy by name, folder, or `module:function` that makes it.
-
-    Args:
-        policy: The policy.
-        temperature: Size of the noise that a `FlowVLA` denoises.
-
-    Raises:
-        CheckpointError: There is no such policy, or its files are damaged.
-        ValueError: There is no such function.
-    """
-    module, colon, function = policy.partition(":")
-    if not colon or Path(policy).exists():
-        return _Flow(policy, temperature)
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"policy={policy!r} cannot be made: {error}") from error
+def _checked(config: EvaluationConfig) -> EvaluationConfig:
+    """The configuration with the policy's image size, if nothing speaks against it."""
+    policy = load_policy(config.policy, temperature=config.temperature, device=config.device)
+    wanted = getattr(policy, "image_size", None)
+    size = config.image_size or wanted or _IMAGE_SIZE
+    if isinstance(policy, Flow) and not policy.resizes and size != wanted:
+        raise ValueError(
+            f"image_size={size}: {config.policy} sees pictures of {wanted} pixels; leave "
+            "--image-size out"
+        )
+    config = dataclasses.replace(config, image_size=size)
+    for task_id in _environment(config, filmed=False).tasks:
+        count = len(initial_states(config.suite, task_id))
+        if not set(config.init_states) <= set(range(count)):
+            raise ValueError(
+                f"init_states={config.init_states}: {config.suite} task {task_id} stores initial "
+                f"states 0...{count - 1}"
+            )
+    return config
 
 
 @functools.lru_cache(maxsize=1)
-def _policy(policy: str, temperature: float) -> Policy:
+def _policy(policy: str, temperature: float, device: str) -> Policy:
     torch.set_num_threads(1)
-    return load_policy(policy, temperature)
+    return load_policy(policy, temperature=temperature, device=device)
 
 
 @functools.lru_cache(maxsize=1)
-def _simulation(config: EvaluationConfig, filmed: bool) -> LiberoEnv:
+def _environment(config: EvaluationConfig, filmed: bool) -> LiberoEnv:
     return LiberoEnv(
         suite=config.suite,
-        image_size=config.image_size,
+        tasks=config.tasks,
+        image_size=config.image_size or _IMAGE_SIZE,
         fast_rendering=config.fast_rendering,
         action_chunk=None if filmed else config.chunk,
         max_steps=config.max_steps,
         max_simulators=1,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _simulation(config: EvaluationConfig, filmed: bool, task_id: int) -> LiberoEnv:
+    """The environment with a simulator of the task.
+
+    Making one takes seconds, which are of no episode; and where none can be made, none of them has
+    failed, but the evaluation.
+    """
+    env = _environment(config, filmed)
+    env.init_state_transform = None
+    env.reset(seed=config.seed, options={"task_id": task_id})
+    return env
+
+
+@contextmanager
+def _breaking_off(outcome: dict[str, Any]) -> Iterator[None]:
+    """The published protocol: an error in an episode is a failure."""
+    try:
+        yield
+    except Exception as error:
+        outcome["error"] = f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _acting(episode: Episode) -> Iterator[None]:
+    """An error of the policy ends the evaluation, with its cause."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"the policy failed in {episode}: {error!r}") from error
 
 
 def play(
@@ -210,60 +213,69 @@ def play(
         config: How.
 
     Returns:
-        `success`, `steps` and `seconds`; when filmed, `frames` `(n, H, W, 3)` as well.
+        `success`, `steps`, `seconds`, and `error` if the episode broke off; when filmed, `frames`
+        `(n, H, W, 3)` as well.
 
     Raises:
-        ValueError: The policy's chunk is too short or not for one observation.
+        RuntimeError: The policy failed.
+        ValueError: The policy's chunk is too short, not for one observation, or not finite.
     """
     began, filmed = time.perf_counter(), env.action_space.shape == (ACTION_DIM,)
-    seed = episode.seed(config)
-    policy.reset(seed)
+    seed = episode.seed(config.seed)
+    with _acting(episode):
+        policy.reset(seed)
     env.init_state_transform = PERTURBATIONS[episode.setting]
     options = {"task_id": episode.task_id, "init_state": episode.init_state}
-    seen, info = env.reset(seed=seed, options=options)
-    frames, over = [seen["image"]], False
-    while not over:
-        chunk = policy.act(
-            {
-                "image": seen["image"][None],
-                "proprio": seen["proprio"][None],
-                "instruction": [info["instruction"]],
-            }
-        )
-        if np.ndim(chunk) != 3 or len(chunk) != 1 or len(chunk[0]) < config.chunk:
-            raise ValueError(
-                f"the policy returned actions of shape {np.shape(chunk)}, expected (1, T, 7) with "
-                f"T >= {config.chunk}"
+    outcome: dict[str, Any] = {"success": False, "steps": 0}
+    frames, over = [], False
+    with _breaking_off(outcome):
+        seen, info = env.reset(seed=seed, options=options)
+        frames.append(seen["image"])
+    while not over and "error" not in outcome:
+        with _acting(episode):
+            chunk = policy.act(
+                {
+                    "image": seen["image"][None],
+                    "proprio": seen["proprio"][None],
+                    "instruction": [info["instruction"]],
+                }
             )
-        for action in chunk[0, : config.chunk] if filmed else chunk[:, : config.chunk]:
-            seen, _, terminated, truncated, info = env.step(action)
-            over = terminated or truncated
-            frames.append(seen["image"])
-            if over:
-                break
-    outcome = {
-        "success": bool(info["success"]),
-        "steps": int(info["frame_index"]),
-        "seconds": round(time.perf_counter() - began, 2),
-    }
-    return {**outcome, "frames": np.stack(frames)} if filmed else outcome
+        actions = _actions(chunk, config.chunk)
+        with _breaking_off(outcome):
+            for action in actions if filmed else actions[None]:
+                seen, _, terminated, truncated, info = env.step(action)
+                outcome |= {"success": bool(info["success"]), "steps": int(info["frame_index"])}
+                over = terminated or truncated
+                frames.append(seen["image"])
+                if over:
+                    break
+    outcome["seconds"] = round(time.perf_counter() - began, 2)
+    return {**outcome, "frames": np.array(frames)} if filmed else outcome
+
+
+def _actions(chunk: Any, count: int) -> NDArray[np.floating]:
+    """What of a policy's chunk is executed, `(count, 7)`."""
+    chunk = np.asarray(chunk)
+    if chunk.ndim != 3 or len(chunk) != 1 or chunk.shape[1] < count or chunk.shape[2] != ACTION_DIM:
+        raise ValueError(
+            f"the policy returned actions of shape {chunk.shape}, expected (1, T, {ACTION_DIM}) "
+            f"with T >= {count}"
+        )
+    if not np.isfinite(chunk).all():
+        raise ValueError("the policy returned actions with NaN or infinity")
+    return chunk[0, :count]
 
 
 def _play(
-    job: Sequence[Episode], config: EvaluationConfig, *, filmed: bool = False
-) -> list[tuple[Episode, dict[str, Any]]]:
-    env = _simulation(config, filmed)
-    policy = _policy(config.policy, config.temperature)
-    return [(episode, play(policy, env, episode, config)) for episode in job]
+    episode: Episode, config: EvaluationConfig, *, filmed: bool = False
+) -> tuple[Episode, dict[str, Any]]:
+    policy = _policy(config.policy, config.temperature, config.device)
+    return episode, play(policy, _simulation(config, filmed, episode.task_id), episode, config)
 
 
-def _jobs(left: Sequence[Episode]) -> list[list[Episode]]:
-    """Episodes in parts of one task: making its simulator takes as long as two episodes."""
-    jobs = []
-    for _, group in itertools.groupby(sorted(left), key=lambda episode: episode.task_id):
-        task = list(group)
-        jobs += [task[first : first + _JOB] for first in range(0, len(task), _JOB)]
-    return jobs
+def _task(episode: Episode) -> int:
+    """What a worker stays with: making a simulator takes as long as two episodes."""
+    return episode.task_id
 
 
 def evaluate(config: EvaluationConfig, *, progress: bool = True) -> Outcomes:
@@ -278,25 +290,28 @@ def evaluate(config: EvaluationConfig, *, progress: bool = True) -> Outcomes:
 
     Raises:
         CheckpointError: The policy cannot be loaded.
-        ValueError: `config.out` holds an evaluation with other settings.
+        ValueError: `config.out` holds an evaluation with other settings, or of other weights.
         MissingExtraError: LIBERO is not installed.
     """
     require("libero.libero", "libero")
-    load_policy(config.policy, config.temperature)
+    config = _checked(config)
+    wanted, header = episodes(config), config.header
     config.out.mkdir(parents=True, exist_ok=True)
-    wanted = episodes(config)
-    done = _read(config)
+    done = resume(config.out, header)
     left = [episode for episode in wanted if episode not in done]
+    if len(left) < len(wanted):
+        doubt = "; delete that folder if the policy has changed" if not header["weights"] else ""
+        taken = len(wanted) - len(left)
+        logger.info("%d episodes taken from an earlier run in %s%s", taken, config.out, doubt)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), disable=not progress)
     with bar, (config.out / EPISODES).open("a") as file:
         run = functools.partial(_play, config=config)
-        for results in in_workers(run, _jobs(left), config.workers):
-            for episode, outcome in results:
-                done[episode] = outcome
-                file.write(json.dumps(dataclasses.asdict(episode) | outcome) + "\n")
+        for episode, outcome in in_workers(run, left, config.workers, _task):
+            done[episode] = outcome
+            file.write(line(episode, outcome))
             file.flush()
+            bar.update()
             solved = sum(o["success"] for o in done.values())
-            bar.update(len(results))
             bar.set_postfix(success=f"{100 * solved / len(done):.1f} %")
     outcomes = Outcomes({episode: done[episode] for episode in wanted})
     _film(config, outcomes)
@@ -307,55 +322,30 @@ def _film(config: EvaluationConfig, outcomes: Outcomes) -> None:
     """Repeats some failed episodes with a picture at every step."""
     failed = []
     for setting in config.settings:
-        solved = outcomes.successes(setting)
-        failed += [episode for episode, success in solved.items() if not success][: config.videos]
+        of = outcomes.of(setting).items()
+        failed += [e for e, o in of if not o["success"] and "error" not in o][: config.videos]
     left = [episode for episode in failed if not _video(config, episode).exists()]
-    if left:
-        run = functools.partial(_play, config=config, filmed=True)
-        jobs = [[episode] for episode in left]
-        for [(episode, outcome)] in in_workers(run, jobs, config.workers):
-            path = _video(config, episode)
-            path.parent.mkdir(exist_ok=True)
-            with VideoWriter(path, CONTROL_HZ) as video:
-                for frame in outcome["frames"]:
-                    video.write(frame)
+    run = functools.partial(_play, config=config, filmed=True)
+    for episode, outcome in in_workers(run, left, config.workers, _task):
+        came = "solved" if outcome["success"] else outcome.get("error", "failed")
+        if came != "failed":
+            logger.warning("%s failed, but when it was repeated for its film: %s", episode, came)
+        if len(outcome["frames"]):
+            detail = f"{_shown(episode)}: {came} after {outcome['steps']} steps"
+            words = instruction(config.suite, episode.task_id)
+            film(_video(config, episode), outcome["frames"], words, detail)
+
+
+def _shown(episode: Episode) -> str:
+    """An episode in words."""
+    copy = "" if episode.setting == "standard" else f", copy {episode.copy}"
+    return f"{episode.setting}, task {episode.task_id}, initial state {episode.init_state}{copy}"
 
 
 def _video(config: EvaluationConfig, episode: Episode) -> Path:
     e = episode
     name = f"{e.setting}-task{e.task_id}-state{e.init_state}-{e.copy}.mp4"
     return config.out / "videos" / name
-
-
-_FIXED = (
-    "policy",
-    "suite",
-    "chunk",
-    "max_steps",
-    "image_size",
-    "fast_rendering",
-    "temperature",
-    "seed",
-)
-
-
-def _read(config: EvaluationConfig) -> dict[Episode, dict[str, Any]]:
-    """Finished episodes of an earlier call, after a first line that says what they are."""
-    path = config.out / EPISODES
-    settings = {name: getattr(config, name) for name in _FIXED}
-    lines = complete_lines(path)
-    if lines and json.loads(lines[0]) != settings:
-        raise ValueError(
-            f"{path} is of another evaluation, {lines[0].strip()}, not {json.dumps(settings)}: "
-            "choose another folder, or remove it"
-        )
-    write_text(path, "".join(lines or [json.dumps(settings) + "\n"]))
-    done = {}
-    for line in lines[1:]:
-        entry = json.loads(line)
-        episode = Episode(**{f.name: entry.pop(f.name) for f in dataclasses.fields(Episode)})
-        done[episode] = entry
-    return done
 
 
 def report(config: EvaluationConfig, outcomes: Outcomes, command: str) -> dict[str, Any]:
@@ -366,31 +356,38 @@ def report(config: EvaluationConfig, outcomes: Outcomes, command: str) -> dict[s
         outcomes: What `evaluate` returned.
         command: The line that makes this report.
     """
+    header, _ = read(config.out)
     tasks = sorted({episode.task_id for episode in outcomes})
+    seconds = [outcome["seconds"] for outcome in outcomes.values()]
     figures = {
-        "policy": config.policy,
-        "suite": config.suite,
+        **header,
         "instructions": {str(task): instruction(config.suite, task) for task in tasks},
         "settings": summary(outcomes, config.settings),
-        "seconds_per_episode": round(np.mean([o["seconds"] for o in outcomes.values()]), 2),
+        "seconds_per_episode": round(statistics.median(seconds), 2),
     }
     write_report(config.out / REPORT, figures, command=command, seed=config.seed)
+    films = {
+        _video(config, e).relative_to(config.out): f"{instruction(config.suite, e.task_id)} "
+        f"({_shown(e)})"
+        for e, outcome in outcomes.items()
+        if not outcome["success"] and _video(config, e).exists()
+    }
     document = json.loads((config.out / REPORT).read_text())
-    videos = [path.relative_to(config.out) for path in sorted(config.out.glob("videos/*.mp4"))]
-    write_text(config.out / "index.html", page(document, videos))
+    write_text(config.out / PAGE, evaluation_page(document, films))
     return figures
 
 
 def summary(outcomes: Outcomes, settings: Sequence[str]) -> dict[str, Any]:
-    """Success rates by setting and task, with Wilson intervals."""
+    """Success rates by setting and task; `errors` of the failures are episodes that broke off."""
     figures: dict[str, Any] = {}
     for setting in settings:
-        solved = outcomes.successes(setting)
-        tasks = sorted({episode.task_id for episode in solved})
+        of = outcomes.of(setting)
+        tasks = sorted({episode.task_id for episode in of})
         figures[setting] = {
-            **rate(list(solved.values())),
+            **rate(of.plays),
+            "errors": of.errors,
             "tasks": {
-                str(task): rate([s for e, s in solved.items() if e.task_id == task])
+                str(task): rate(Outcomes({e: o for e, o in of.items() if e.task_id == task}).plays)
                 for task in tasks
             },
         }

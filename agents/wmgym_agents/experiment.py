@@ -2,24 +2,25 @@
 
 A base policy is fine-tuned in several ways, the arms, and every result plays the same episodes in
 LIBERO as the base did: held-out initial states and perturbed copies of them. Arms are compared with
-the base pair by pair. One of them, `sft`, is the control: the same policy, trained on by
-supervision. Every stage goes on where it was interrupted, so the command may be given again with
+the base, and with the arm `sft`, pair by pair. That one is the control: the same policy, trained on
+by supervision. Every stage goes on where it was interrupted, so the command may be given again with
 more arms, seeds or settings; what is finished is not repeated.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wmgym.files import json_lines
 from wmgym.reports import write_report
-from wmgym_agents.evaluate import EvaluationConfig, Outcomes, evaluate
+from wmgym_agents.compare import METHODS, compared, table
+from wmgym_agents.evaluate import EvaluationConfig, evaluate
 from wmgym_agents.grpo import PRESETS, GRPOConfig, Preset, grpo
+from wmgym_agents.outcomes import Outcomes
 from wmgym_agents.sft import SFTConfig, sft
-from wmgym_agents.statistics import gain, rate
 
 CONTROL = "sft"
 ARMS: dict[str, dict[str, Any]] = {
@@ -169,7 +170,7 @@ def _play(
 def _training_seconds(log: Path) -> float:
     """Time spent on the steps of a run, over all its sessions."""
     total = before = 0.0
-    for entry in map(json.loads, log.read_text().splitlines()):
+    for entry in json_lines(log):
         if entry["group"] == "rft":
             total += entry["rollout_s"] + entry["update_s"]
         elif entry["group"] == "train":
@@ -188,63 +189,36 @@ def _evaluation_seconds(played: dict[float, Outcomes], config: ExperimentConfig)
 def _figures(
     config: ExperimentConfig, played: Played, seconds: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Rates of all arms, seeds, settings and temperatures, and gains over the base."""
+    """Rates of all arms, seeds, settings and temperatures; gains over the base and the control."""
     suites = {}
     for temperature in config.temperatures:
         first = temperature == config.temperatures[0]
         name = config.suite if first else f"{config.suite}, temperature {temperature:g}"
-        suites[name] = {
-            setting: _rates(played, temperature, setting) for setting in (*config.settings, "all")
+        arms = {
+            arm: {seed: outcomes[temperature] for seed, outcomes in seeds.items()}
+            for arm, seeds in played.items()
         }
+        suites[name] = _rows(arms, config.settings)
     return {
         "base": config.base,
         "suites": suites,
+        "methods": METHODS,
         "steps": config.steps,
         "control_steps": config.control_steps,
         "seconds": seconds,
     }
 
 
-def _rates(played: Played, temperature: float, setting: str) -> dict[str, Any]:
-    """Rows of all arms."""
-    base = _solved(played["base"][0][temperature], setting)
-    rates: dict[str, Any] = {}
-    for arm, seeds in played.items():
-        by_seed = {seed: _solved(at[temperature], setting) for seed, at in seeds.items()}
-        row: dict[str, Any] = dict(rate([s for solved in by_seed.values() for s in solved]))
-        if arm != "base":
-            row |= gain(base, *by_seed.values())
-            row["seeds"] = {
-                str(seed): {**rate(solved), **gain(base, solved)}
-                for seed, solved in by_seed.items()
-            }
-        rates[arm] = row
-    return rates
-
-
-def _solved(outcomes: Outcomes, setting: str) -> list[bool]:
-    """Outcomes of a setting, or of all, always in the same order."""
-    return [o["success"] for e, o in sorted(outcomes.items()) if setting in (e.setting, "all")]
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The report as a table in Markdown."""
-    return "\n".join(_lines(figures))
-
-
-def _lines(figures: dict[str, Any]) -> Iterator[str]:
-    yield "| suite | starts | arm | success | 95 % | gain | 95 % | p |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for suite, settings in figures["suites"].items():
-        for setting, arms in settings.items():
-            for arm, row in arms.items():
-                share = 100 * row["successes"] / row["episodes"]
-                low, high = (100 * bound for bound in row["interval"])
-                cells = [suite, setting, arm, f"{share:.1f} %", f"{low:.1f} ... {high:.1f}"]
-                if "gain_points" in row:
-                    least, most = row["gain_interval"]
-                    cells += [f"{row['gain_points']:+.1f}", f"{least:+.1f} ... {most:+.1f}"]
-                    cells += [f"{row['p_mcnemar']:.2g}"]
-                else:
-                    cells += [""] * 3
-                yield f"| {' | '.join(cells)} |"
+def _rows(
+    arms: dict[str, dict[int, Outcomes]], settings: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """Rows of all arms by setting, each with those of its seeds."""
+    policies = {arm: [*seeds.values()] for arm, seeds in arms.items()}
+    rows = compared(policies, settings, CONTROL)
+    compared_with = {arm: policies[arm] for arm in ("base", CONTROL) if arm in policies}
+    for arm, seeds in arms.items():
+        for seed, outcomes in seeds.items() if arm != "base" else ():
+            alone = compared({**compared_with, arm: [outcomes]}, settings, CONTROL)
+            for setting, row in alone.items():
+                rows[setting][arm].setdefault("seeds", {})[str(seed)] = row[arm]
+    return rows

@@ -13,7 +13,6 @@ from wmgym.settings import check_numbers
 from wmgym_agents.chain import NOISES, StochasticNoise
 from wmgym_agents.objective import Advantage, ClipConfig
 
-
 _ON_A_COMMAND_LINE = tyro.conf.arg(constructor=str, help_behavior_hint="(default: R3)")
 
 

@@ -328,11 +328,12 @@ class FlowVLA(nn.Module):
     def _encoded(self, observation: Observation | Encoded) -> Encoded:
         return observation if isinstance(observation, Encoded) else self.encode(observation)
 
-    def save_pretrained(self, folder: str | Path, **described: Any) -> None:
+    def save_pretrained(self, folder: str | Path, *, half: bool = False, **described: Any) -> None:
         """Writes the policy's folder; each file appears complete or not at all.
 
         Args:
             folder: Made if missing.
+            half: Store matrices in bfloat16, half the size.
             **described: Further entries of `config.json`, such as how it was trained.
         """
         folder = Path(folder)
@@ -344,7 +345,7 @@ class FlowVLA(nn.Module):
         self.statistics.save(folder / STATISTICS, STATISTICS_KEY)
         kind = next(kind for kind, of in _KINDS.items() if isinstance(self.config.encoder, of))
         config = {"family": FAMILY, "encoder": kind, "policy": shape, **described}
-        save_model(folder, self, config)
+        save_model(folder, self, config, half=half)
 
     @classmethod
     def from_pretrained(cls, policy: str | Path) -> FlowVLA:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wmgym
-from wmgym.data import FrameCache, LeRobotDataset, WindowSampler
+from wmgym.data import FrameCache, WindowSampler, open_dataset
 from wmgym.data.episodes import EpisodeInfo
 from wmgym.data.statistics import Statistics
 from wmgym.distributed import Processes, processes
@@ -56,7 +56,7 @@ class SFTConfig:
     """How a policy is trained on demonstrations.
 
     Attributes:
-        data: Folders of LeRobot v3 datasets.
+        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the policy in `policy/`.
         policy: Shape of the policy.
         init_from: Policy to go on from (shipped name or folder) instead of random weights; shape
@@ -197,7 +197,7 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
 
 def _new_model(config: SFTConfig) -> FlowVLA:
     statistics = Statistics.of(
-        [LeRobotDataset(path) for path in config.data],
+        [open_dataset(path) for path in config.data],
         lambda info: usable(info) and not info.held_out,
     )
     shape = config.policy

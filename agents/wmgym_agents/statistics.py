@@ -1,18 +1,26 @@
 """How sure success rates are: intervals and tests for episodes that succeed or fail.
 
-Rates get Wilson's score interval (1927), which holds near 0 and 1 and for few episodes. Two
-policies are compared on the same episodes: what differs is only those that one solves and the other
-does not, judged by McNemar's exact test (1947) and, for the size of the gain, by the adjusted
-interval of Bonett and Price (2012).
+What is drawn anew is a start, a task with one of its initial states. A start may be played more
+than once, by policies of several seeds, from several copies or in several settings, and what comes
+of it is then alike. So starts are counted, not plays: a rate gets Wilson's score interval (1927) at
+the number of independent episodes that vary as much as the starts do (the design effect; Korn and
+Graubard 1998). Where each start is played once, that is Wilson's interval as it stands.
+
+Two policies are compared on the same episodes, start by start: the size of the gain has the
+adjusted interval of Bonett and Price (2012); its p is the share of ways to swap the two policies
+within starts that differ as much (Fisher's exact test of pairs), which is McNemar's exact test
+(1947) where each start is played once.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
+
+Plays: TypeAlias = Mapping[Hashable, Sequence[bool]]
+"""Whether a policy solved each play of each start."""
 
 
 class Rate(TypedDict):
@@ -35,72 +43,95 @@ def _z(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a rate; `(0, 1)` without episodes.
+def wilson(rate: float, episodes: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a rate of `episodes` independent ones; `(0, 1)` without any.
 
     Raises:
-        ValueError: Not 0 <= successes <= episodes.
+        ValueError: Not 0 <= rate <= 1, or a negative number of episodes.
     """
-    if not 0 <= successes <= episodes:
-        raise ValueError(f"successes={successes} of episodes={episodes}: expected 0...episodes")
+    if not 0 <= rate <= 1 or episodes < 0:
+        raise ValueError(f"rate={rate} of episodes={episodes}: expected 0...1 of 0 or more")
     if not episodes:
         return 0.0, 1.0
     z2 = _z(confidence) ** 2
-    rate = successes / episodes
     centre = (rate + z2 / (2 * episodes)) / (1 + z2 / episodes)
     spread = rate * (1 - rate) / episodes + z2 / (4 * episodes**2)
     half = math.sqrt(z2 * spread) / (1 + z2 / episodes)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def rate(outcomes: Sequence[bool]) -> Rate:
-    """Success rate of episodes."""
-    low, high = wilson(sum(outcomes), len(outcomes))
+def rate(*policies: Plays) -> Rate:
+    """Success rate of a policy, or of several that are one arm, over the same starts."""
+    starts = [[play for plays in policies for play in plays[start]] for start in policies[0]]
+    successes, episodes = sum(map(sum, starts)), sum(map(len, starts))
+    share = successes / max(1, episodes)
+    _, error = _mean([sum(plays) / len(plays) for plays in starts], [*map(len, starts)])
+    spread = share * (1 - share)
+    independent = min(episodes, spread / error**2 if error else math.inf) if spread else len(starts)
+    low, high = wilson(share, independent)
     return {
-        "successes": sum(outcomes),
-        "episodes": len(outcomes),
+        "successes": successes,
+        "episodes": episodes,
         "interval": (round(low, 4), round(high, 4)),
     }
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of "gained and lost are equally likely", by the binomial distribution."""
-    total = gained + lost
-    tail = sum(math.comb(total, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**total)
+def _mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Weighted mean and its standard error."""
+    total = sum(weights) or 1
+    mean = sum(w * v for v, w in zip(values, weights, strict=True)) / total
+    squares = sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
+    return mean, math.sqrt(squares) / total
 
 
-def gain(before: Sequence[bool], *after: Sequence[bool], confidence: float = 0.95) -> Gain:
-    """Compares policies with another on the same episodes.
+def mcnemar(differences: Sequence[int]) -> float:
+    """Two-sided p-value of "each difference could as well have had the other sign"."""
+    ways = {0: 1}
+    for size in filter(None, map(abs, differences)):
+        more: dict[int, int] = {}
+        for reached, count in ways.items():
+            for to in (reached - size, reached + size):
+                more[to] = more.get(to, 0) + count
+        ways = more
+    seen = abs(sum(differences))
+    return sum(count for to, count in ways.items() if abs(to) >= seen) / sum(ways.values())
 
-    Several policies, such as one arm trained with several seeds, count by their mean over each
-    episode: an episode stays one observation however often it is played. The interval is of these
-    policies on episodes like these, not of further seeds.
+
+def gain(before: Sequence[Plays], after: Sequence[Plays], confidence: float = 0.95) -> Gain:
+    """Compares two arms on the same episodes.
+
+    An arm is one policy, or several that differ by the seed of their training and count by their
+    mean. The interval is of these policies on starts like these, not of further seeds.
 
     Args:
-        before: Outcomes of the one.
-        after: Outcomes of each other, of the same episodes in the same order.
+        before: Outcomes of the policies of the one.
+        after: Outcomes of those of the other.
         confidence: Of the interval.
 
     Raises:
-        ValueError: Different numbers of episodes, or none.
+        ValueError: Not the same starts, played as often, or none.
     """
-    if not before or not after or any(len(before) != len(one) for one in after):
+    played = [{start: len(plays) for start, plays in one.items()} for one in (*before, *after)]
+    if not before or not after or not played[0] or any(one != played[0] for one in played):
         raise ValueError(
-            f"{len(before)} and {[len(one) for one in after]} episodes: pairs of the same "
-            "episodes are needed"
+            f"{[sum(one.values()) for one in played]} episodes of {[*map(len, played)]} starts: "
+            "the same episodes of every policy are needed"
         )
+    counts = played[0]
     differences = [
-        (sum(later) - len(after) * first) / len(after)
-        for first, *later in zip(before, *after, strict=True)
+        len(before) * sum(sum(one[start]) for one in after)
+        - len(after) * sum(sum(one[start]) for one in before)
+        for start in counts
     ]
-    smoothed = [*differences, 1.0, -1.0]  # Bonett and Price: one more pair each way
-    mean = statistics.fmean(smoothed)
-    half = _z(confidence) * statistics.pstdev(smoothed, mean) / math.sqrt(len(smoothed))
-    gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    scale, plays = len(before) * len(after), sum(counts.values())
+    shares = [d / (scale * n) for d, n in zip(differences, counts.values(), strict=True)]
+    weights = [n * len(counts) / plays for n in counts.values()]
+    # Bonett and Price: one more start each way.
+    mean, error = _mean([*shares, 1.0, -1.0], [*weights, 1.0, 1.0])
+    half = _z(confidence) * error
     low, high = max(-1.0, mean - half), min(1.0, mean + half)
     return {
-        "gain_points": round(100 * statistics.fmean(differences), 2),
+        "gain_points": round(100 * sum(differences) / (scale * plays), 2),
         "gain_interval": (round(100 * low, 2), round(100 * high, 2)),
-        "p_mcnemar": round(mcnemar(gained, lost), 6),
+        "p_mcnemar": float(f"{mcnemar(differences):.4g}"),
     }

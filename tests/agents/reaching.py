@@ -1,8 +1,11 @@
-"""Policies that an evaluation can import: one that reaches forward, one that returns nonsense."""
+"""Policies that an evaluation can import: one that reaches forward, and many that are none."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import small
 
 
 class Reaching:
@@ -24,3 +27,50 @@ def policy():
 
 def wrong():
     return Reaching((7,))
+
+
+class Fickle(Reaching):
+    """Pushes only from its second episode on, whatever its seed."""
+
+    begun = 0
+
+    def reset(self, seed):
+        self.begun += 1
+
+    def act(self, observation):
+        return super().act(observation) * (self.begun > 1)
+
+
+def fickle():
+    return Fickle((1, 8, 7))
+
+
+def nothing():
+    return None
+
+
+def only_acts():
+    return SimpleNamespace(act=None, reset=print)
+
+
+def flow():
+    return small.policy()
+
+
+def broken():
+    raise KeyError("my own mistake")
+
+
+class Stumbling(Reaching):
+    def act(self, observation):
+        raise KeyError("my own mistake")
+
+
+def stumbling():
+    return Stumbling((1, 8, 7))
+
+
+def dizzy():
+    policy = Reaching((1, 8, 7))
+    policy.act = lambda observation: np.full((1, 8, 7), np.nan)
+    return policy

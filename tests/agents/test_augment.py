@@ -5,7 +5,9 @@ from __future__ import annotations
 import colorsys
 
 import torch
-from wmgym_agents.augment import HUE, _turn_hue, center_crop, random_view
+from wmgym_agents.augment import HUE, center_crop, random_view
+
+from wmgym.colour import turned_hue
 
 
 def pictures(rows=4):
@@ -36,10 +38,10 @@ def test_hue_is_turned_and_grey_stays_grey():
     for colour in torch.tensor([[0.8, 0.3, 0.2], [0.3, 0.7, 0.4], [0.35, 0.4, 0.75]]):
         for share in (HUE, -HUE):
             angle = torch.tensor([2 * torch.pi * share])
-            turned = _turn_hue(colour.view(1, 3, 1, 1), angle).flatten()
+            turned = turned_hue(colour.view(1, 3, 1, 1), angle).flatten()
             hues = [colorsys.rgb_to_hsv(*each.tolist())[0] for each in (colour, turned)]
             moved = (hues[0] - hues[1] + 0.5) % 1 - 0.5
             assert 0.6 * HUE < moved / share * HUE < 1.6 * HUE  # circles of YIQ and HSV differ
             assert abs(turned @ grey_of - colour @ grey_of) < 1e-3
     grey = torch.full((1, 3, 2, 2), 0.4)
-    torch.testing.assert_close(_turn_hue(grey, torch.tensor([1.0])), grey, atol=2e-3, rtol=0)
+    torch.testing.assert_close(turned_hue(grey, torch.tensor([1.0])), grey, atol=2e-3, rtol=0)

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 from wmgym_agents import experiment as module
-from wmgym_agents.evaluate import Outcomes, episodes
+from wmgym_agents.evaluate import episodes
 from wmgym_agents.experiment import ARMS, ExperimentConfig, experiment, table
 from wmgym_agents.grpo import PRESETS
+from wmgym_agents.outcomes import Outcomes
+from wmgym_agents.statistics import gain, rate
 
 RATES = {"base": 0.5, "sft": 0.6, "R3": 0.8}
 
@@ -24,7 +26,7 @@ def trained(monkeypatch):
         config.out.mkdir(parents=True, exist_ok=True)
         lines = [{"step": s, "group": "rft", "rollout_s": 2.0, "update_s": 0.5} for s in (1, 2)]
         lines.append({"step": 2, "group": "watch", "reward": 0.0})
-        (config.out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (config.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return config.out / "policy"
 
     def sft(config, **_):
@@ -32,7 +34,7 @@ def trained(monkeypatch):
         config.out.mkdir(parents=True, exist_ok=True)
         seconds = (10.0, 30.0, 5.0, 8.0)  # interrupted after the second
         lines = [{"step": s, "group": "train", "seconds": t} for s, t in enumerate(seconds)]
-        (config.out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (config.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return config.out / "policy"
 
     def evaluate(config, **_):
@@ -73,12 +75,53 @@ def test_every_arm_is_compared_with_the_base_on_the_same_episodes(trained, tmp_p
     assert arm["successes"] == pooled
     for one in arm["seeds"].values():
         assert one["gain_points"] == pytest.approx((one["successes"] - base["successes"]) / 2)
+    control = settings["all"]["sft"]
+    assert "gain_over_control" not in base | control
+    over = arm["gain_over_control"]
+    assert over["gain_points"] == pytest.approx((arm["successes"] - control["successes"]) / 4)
+    assert over["gain_interval"][0] < over["gain_points"] < over["gain_interval"][1]
+    assert arm["seeds"]["1"]["gain_over_control"]["p_mcnemar"] <= 1
     written = json.loads((tmp_path / "out" / "experiment.json").read_text())
     assert written["suites"] == json.loads(json.dumps(figures["suites"]))
     assert written["command"] == "wmgym experiment"
+    assert set(written) == {
+        *("base", "suites", "methods", "steps", "control_steps", "seconds"),
+        *("command", "seed", "machine", "version"),
+    }
     assert "R3-1: training" in said
     shown = table(written)
-    assert f"| libero_object | all | R3 | {100 * arm['successes'] / 400:.1f} % |" in shown
+    [row] = [line for line in shown.splitlines() if line.startswith("| libero_object | all | R3 ")]
+    assert row.startswith(f"| libero_object | all | R3 | {100 * arm['successes'] / 400:.1f} % |")
+    assert row.split(" | ")[8] == f"{over['gain_points']:+.1f}"
+    assert "over the control" in shown.splitlines()[0]
+
+
+def test_seeds_and_settings_of_a_start_are_one_start(trained, tmp_path, monkeypatch):
+    """Whatever is the same for all seeds and settings tells no more than one of them."""
+
+    def evaluate(config, **_):
+        base = config.out.parent.name == "base"
+        return Outcomes(
+            {
+                e: {
+                    "success": (e.init_state % 2 == 0) or (not base and e.task_id < 4),
+                    "seconds": 1,
+                }
+                for e in episodes(config)
+            }
+        )
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    figures = experiment(config(tmp_path, arms=("R3",)), "", lambda line: None)
+    rows = figures["suites"]["libero_object"]
+    starts = [(task, state) for task in range(10) for state in range(40, 50)]
+    base = {(t, s): [s % 2 == 0] for t, s in starts}
+    once = {(t, s): [s % 2 == 0 or t < 4] for t, s in starts}
+    for setting in ("standard", "all"):
+        assert rows[setting]["R3"]["interval"] == rate(once)["interval"]
+        for key, value in gain([base], [once]).items():
+            assert rows[setting]["R3"][key] == value
+    assert rows["all"]["R3"]["episodes"] == 400
 
 
 def test_arms_are_trained_as_they_say_and_their_time_is_told(trained, tmp_path):

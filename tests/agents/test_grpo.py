@@ -92,7 +92,6 @@ def test_it_finds_the_known_answer(noise, chunks, base, tmp_path):
             for s in range(8)
         ]
         errors.append(np.mean([np.abs(np.cumsum(a[:, :2], 0) - target).mean() for a in acts]))
-    print("ERR", noise, chunks, errors, np.mean(rewards[:10]), np.mean(rewards[-20:]))
     assert errors[1] < 0.8 * errors[0]
 
 

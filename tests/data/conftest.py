@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import published_rlds
 import pytest
 from coded_episodes import LENGTHS, make_episode
 
@@ -34,3 +35,10 @@ def root(request, tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Pa
 def joined_root(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Path:
     names = [f"episode-{i}" for i in range(len(LENGTHS))]
     return assemble(staging, tmp_path_factory.mktemp("joined") / "dataset", names)
+
+
+@pytest.fixture(scope="session")
+def published_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The version folder of a dataset in the specification of the modified LIBERO data."""
+    folder = tmp_path_factory.mktemp("published") / "libero_object_no_noops" / "1.0.0"
+    return published_rlds.write(folder)

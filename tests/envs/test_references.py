@@ -203,7 +203,7 @@ def test_cached_reference_equals_fresh_reference():
     for seed, starts in enumerate((one, one, mixed)):
         world.rows_stepped.clear()
         left = run(cached, starts, seed)
-        assert world.rows_stepped == [[3, 3] * 3, [3] * 3, [3, 1] * 3][seed]
+        assert world.rows_stepped == [[6] * 3, [3] * 3, [4] * 3][seed]
         right = run(fresh, starts, seed)
         np.testing.assert_array_equal(left[0], right[0])
         assert data_equivalence(left[1], right[1], exact=True)

@@ -300,7 +300,7 @@ def test_reference_is_rolled_once_per_group():
     env.reset(seed=0)
     world.rows_stepped.clear()
     env.step(actions_of(env))
-    assert world.rows_stepped == [8, 2]
+    assert world.rows_stepped == [10]
 
 
 def test_success_terminates_alone_but_not_in_groups():

@@ -203,7 +203,7 @@ class HereAndNow:
     jobs: list[Take] = []  # noqa: RUF012
 
     @staticmethod
-    def run(function, jobs, workers):
+    def run(function, jobs, workers, group):
         for job in jobs:
             if len(HereAndNow.jobs) >= HereAndNow.patience:
                 raise KeyboardInterrupt

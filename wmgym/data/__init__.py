@@ -10,11 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmgym.data.episodes import Dataset, DatasetError, Episode, EpisodeInfo
+    from wmgym.data.convert import convert_dataset, to_lerobot
+    from wmgym.data.episodes import (
+        Dataset,
+        DatasetError,
+        Episode,
+        EpisodeInfo,
+        StoredDataset,
+    )
     from wmgym.data.frame_cache import FrameCache
     from wmgym.data.lerobot import LeRobotDataset, LeRobotKeys
     from wmgym.data.lerobot_subset import subset
     from wmgym.data.lerobot_writer import assemble, stage_episode, staged_info, staged_names
+    from wmgym.data.opening import open_dataset
+    from wmgym.data.rlds import RLDSDataset
+    from wmgym.data.rlds_writer import write_rlds
     from wmgym.data.statistics import Statistics, normalize_q99, unnormalize_q99
     from wmgym.data.windows import WindowSampler
 
@@ -26,15 +36,21 @@ _HOMES = {
     "FrameCache": "frame_cache",
     "LeRobotDataset": "lerobot",
     "LeRobotKeys": "lerobot",
+    "RLDSDataset": "rlds",
     "Statistics": "statistics",
+    "StoredDataset": "episodes",
     "WindowSampler": "windows",
     "assemble": "lerobot_writer",
+    "convert_dataset": "convert",
     "normalize_q99": "statistics",
+    "open_dataset": "opening",
     "stage_episode": "lerobot_writer",
     "staged_info": "lerobot_writer",
     "staged_names": "lerobot_writer",
     "subset": "lerobot_subset",
+    "to_lerobot": "convert",
     "unnormalize_q99": "statistics",
+    "write_rlds": "rlds_writer",
 }
 
 __all__ = [
@@ -45,15 +61,21 @@ __all__ = [
     "FrameCache",
     "LeRobotDataset",
     "LeRobotKeys",
+    "RLDSDataset",
     "Statistics",
+    "StoredDataset",
     "WindowSampler",
     "assemble",
+    "convert_dataset",
     "normalize_q99",
+    "open_dataset",
     "stage_episode",
     "staged_info",
     "staged_names",
     "subset",
+    "to_lerobot",
     "unnormalize_q99",
+    "write_rlds",
 ]
 
 

@@ -2,8 +2,8 @@
 
 An `Episode` is what a dataset stores of one run of the robot: the observation before each action,
 the action, and enough of the simulator to put it back there. A `Dataset` hands out episodes and
-pieces of them by index. Readers (`wmgym.data.lerobot`) implement it; models and environments see
-only this.
+pieces of them by index. Readers (`wmgym.data.lerobot`, `wmgym.data.rlds`) implement it; models and
+environments see only this. What lies in a folder is a `StoredDataset`.
 
 Shapes: `N` steps in an episode, images `(N, H, W, 3)` uint8 turned by 180 degrees as in the
 modified LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` in [-1, 1].
@@ -11,8 +11,9 @@ modified LIBERO RLDS data, proprioception `(N, 8)`, raw LIBERO actions `(N, 7)` 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -116,6 +117,55 @@ class Dataset(Protocol):
             DatasetError: The files are damaged.
         """
         ...
+
+
+@runtime_checkable
+class StoredDataset(Dataset, Protocol):
+    """A dataset in a folder.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """A short name of the dataset for reports."""
+        ...
+
+    @property
+    def has_wrist(self) -> bool:
+        """Whether there is a wrist camera."""
+        ...
+
+    def read_numbers(self, episode_id: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Proprioception `(N, 8)` and actions `(N, 7)` of an episode, without decoding images."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash that changes when the data change."""
+        ...
+
+
+def check_steps(
+    episodes: Sequence[EpisodeInfo], episode_id: int, start: int, stop: int | None, where: Path
+) -> tuple[int, int]:
+    """The steps `start ... stop` that are asked for, `stop=None` being the episode's end.
+
+    Raises:
+        IndexError: No such episode or steps; the message names `where`.
+    """
+    if not 0 <= episode_id < len(episodes):
+        raise IndexError(f"episode {episode_id} of {where}: allowed are 0 ... {len(episodes) - 1}")
+    length = episodes[episode_id].length
+    stop = length if stop is None else stop
+    if not 0 <= start < stop <= length:
+        raise IndexError(
+            f"steps {start} ... {stop} of episode {episode_id} of {where}: expected "
+            f"0 <= start < stop <= {length}"
+        )
+    return start, stop
 
 
 class DatasetError(ValueError):

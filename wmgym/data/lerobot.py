@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.data import lerobot_format as fmt
-from wmgym.data.episodes import DatasetError, Episode, EpisodeInfo
+from wmgym.data.episodes import DatasetError, Episode, EpisodeInfo, check_steps
 from wmgym.data.lerobot_tables import StepTables, column_array, read_rows
 from wmgym.data.video import Clip, decode
 
@@ -146,6 +146,16 @@ class LeRobotDataset:
         self._tables = StepTables(cache_bytes)
 
     @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.root.resolve().name
+
+    @property
+    def has_wrist(self) -> bool:
+        """Whether there is a wrist camera."""
+        return self.keys.wrist_image is not None
+
+    @property
     def episodes(self) -> list[EpisodeInfo]:
         """Descriptions of all episodes, by index."""
         return self._episodes
@@ -160,8 +170,8 @@ class LeRobotDataset:
             ValueError: Wrist images of a dataset without a wrist camera.
             DatasetError: The files are damaged.
         """
-        start, stop = self._range(episode_id, start, stop)
-        if wrist and self.keys.wrist_image is None:
+        start, stop = check_steps(self._episodes, episode_id, start, stop, self.root)
+        if wrist and not self.has_wrist:
             raise ValueError(f"{self.root} has no wrist camera; read with wrist=False")
         numbers = [self.keys.clean_action, self.keys.sim_state]
         cameras = [self.keys.image, self.keys.wrist_image if wrist else None]
@@ -191,7 +201,7 @@ class LeRobotDataset:
             IndexError: No such episode.
             DatasetError: The files are damaged.
         """
-        start, stop = self._range(episode_id, 0, None)
+        start, stop = check_steps(self._episodes, episode_id, 0, None, self.root)
         table = self.table(episode_id, start, stop, [self.keys.proprio, self.keys.action])
         proprio, actions = (column_array(c).astype(np.float32) for c in table.columns)
         return proprio, actions
@@ -242,20 +252,6 @@ class LeRobotDataset:
             if path.relative_to(self.root).parts[0] == "meta":
                 digest.update(path.read_bytes())
         return digest.hexdigest()
-
-    def _range(self, episode_id: int, start: int, stop: int | None) -> tuple[int, int]:
-        if not 0 <= episode_id < len(self._episodes):
-            raise IndexError(
-                f"episode {episode_id} of {self.root}: allowed are 0 ... {len(self._episodes) - 1}"
-            )
-        length = self._episodes[episode_id].length
-        stop = length if stop is None else stop
-        if not 0 <= start < stop <= length:
-            raise IndexError(
-                f"steps {start} ... {stop} of episode {episode_id} of {self.root}: expected "
-                f"0 <= start < stop <= {length}"
-            )
-        return start, stop
 
     def _images(
         self, episode_id: int, start: int, stop: int, key: str, table: pa.Table

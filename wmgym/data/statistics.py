@@ -6,6 +6,10 @@ through, and a dimension whose minimum equals its maximum becomes 0, as in OpenV
 mask of actions leaves out the gripper. Files have the shape of the published
 `dataset_statistics.json`: `{name: {action: {mean, std, min, max, q01, q99, mask}, proprio: {...},
 num_transitions, num_trajectories}}`.
+
+The published files describe actions whose gripper was turned round for training, 1 to open and 0 to
+close; statistics made here describe LIBERO's own, -1 to open and +1 to close. Since the gripper is
+masked out, normalised actions differ in nothing but the gripper itself.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The reference branch of R3: what the world imagines under the recorded actions.
 
-Each group has one branch, shared by its members. It is advanced beside them, in chunks of the same
-length and from the same start state, so that a member that repeats the recorded actions goes
-through the very same computation and its distance is exactly 0. Beyond the first chunk the branch
-continues from its own imagined state.
+Each group has one branch, shared by its members. It is advanced with them, as one more row of the
+same pass of the world and from the same start state, so that a member that repeats the recorded
+actions goes through the very same computation and its distance is exactly 0. Beyond the first chunk
+the branch continues from its own imagined state.
 
 Since the world is frozen, a chunk of a branch depends only on `(episode, frame, elapsed steps)`: it
 is cached with the state after it and its perceptual features, and a start that comes up again costs
@@ -15,14 +15,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from wmgym.cache import ByteCache
 from wmgym.rewards.verified import Reference
-from wmgym.worlds.world import World, WorldState, cat_tensors, step_world
+from wmgym.worlds.world import (
+    Prediction,
+    World,
+    WorldState,
+    cat_rows,
+    cat_tensors,
+    step_world,
+)
+
+Rows: TypeAlias = tuple[WorldState, Tensor]
+"""A state and the actions `(B, T, 7)` that follow."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +67,42 @@ class ReferenceBranches:
         self._cache = cache
 
     def advance(
-        self, state: WorldState, actions: Tensor, keys: Sequence[tuple[int, int, int]]
-    ) -> BranchChunk:
-        """One chunk further.
+        self,
+        members: Rows,
+        branches: Rows,
+        keys: Sequence[tuple[int, int, int]],
+    ) -> tuple[WorldState, Prediction, BranchChunk]:
+        """One chunk further, members and those branches that are not known yet in one go.
 
         Args:
-            state: Rows `n`, at the states that `keys` name.
-            actions: `(n, T, 7)`, the recorded actions.
+            members: State and actions `(B, T, 7)` of the members.
+            branches: The same of the `n` branches, with the recorded actions.
             keys: `n` times `(episode_id, frame_index, elapsed steps)`.
+
+        Returns:
+            The members' state and what they see, and the branches' chunk.
         """
         names = [("branch", *key) for key in keys]
         found: list[BranchChunk | None] = [self._cache.get(name) for name in names]
         missing = [i for i, chunk in enumerate(found) if chunk is None]
+        state, actions = members
+        count = len(actions)
+        if missing:
+            index = torch.tensor(missing, device=actions.device)
+            state = cat_rows([state, self._world.select(branches[0], index)])
+            actions = torch.cat([actions, branches[1][index]])
+        after, seen = step_world(self._world, state, actions, self._every)
         if not missing:
-            return _join(found)
-        fresh = self._compute(state, actions, missing)
-        everything = len(missing) == len(keys)
-        if everything and self._cache.max_bytes == 0:
-            return fresh
+            return after, seen, _join(found)
+        rows = torch.arange(len(actions), device=actions.device)
+        fresh = BranchChunk(
+            self._world.select(after, rows[count:]), self._encode(seen.frames[count:])
+        )
         for j, i in enumerate(missing):
             found[i] = chunk = _row(fresh, j)
             self._cache.put(names[i], chunk, _nbytes(chunk))
-        return fresh if everything else _join(found)
-
-    def _compute(self, state: WorldState, actions: Tensor, rows: list[int]) -> BranchChunk:
-        if len(rows) < len(actions):
-            index = torch.tensor(rows, device=actions.device)
-            state, actions = self._world.select(state, index), actions[index]
-        after, prediction = step_world(self._world, state, actions, self._every)
-        return BranchChunk(after, self._encode(prediction.frames))
+        after = self._world.select(after, rows[:count])
+        return after, _map_tensors(lambda x: x[:count], [seen]), _join(found)
 
 
 def _row(chunk: BranchChunk, row: int) -> BranchChunk:

@@ -15,7 +15,7 @@ import torch
 
 from wmgym.assets import asset_path
 from wmgym.data.episodes import Dataset
-from wmgym.data.lerobot_format import INFO_PATH
+from wmgym.data.opening import index_file, open_dataset
 from wmgym.worlds.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,10 +70,10 @@ def resolve_world(
 
 
 def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str) -> Dataset:
-    """A LeRobot dataset by folder, the object itself, or for None the shipped one of `suite`.
+    """A dataset by its folder, the object itself, or for None the shipped one of `suite`.
 
     Raises:
-        ValueError: No demonstrations of `suite` ship with wmgym.
+        ValueError: No demonstrations of `suite` ship with wmgym, or the folder holds no dataset.
         TypeError: Neither a path nor a `Dataset`.
     """
     if dataset is None:
@@ -86,12 +86,12 @@ def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str
         dataset = demos[suite]
     if isinstance(dataset, (str, os.PathLike)):
         root = Path(dataset).resolve()
-        return _load_dataset(root, _written(root / INFO_PATH))
+        return _load_dataset(root, _written(index_file(root)))
     if isinstance(dataset, Dataset):
         return dataset
     raise TypeError(
-        f"dataset={dataset!r}: give a folder of a LeRobot dataset, or an object with the "
-        "attributes and methods of wmgym.data.episodes.Dataset"
+        f"dataset={dataset!r}: give a folder of a LeRobot v3 or RLDS dataset, or an object with "
+        "the attributes and methods of wmgym.data.episodes.Dataset"
     )
 
 
@@ -109,6 +109,4 @@ def _load_world(folder: Path, written: int, device: torch.device, dtype: str) ->
 
 @lru_cache(maxsize=8)
 def _load_dataset(root: Path, written: int) -> Dataset:
-    from wmgym.data.lerobot import LeRobotDataset
-
-    return LeRobotDataset(root)
+    return open_dataset(root)

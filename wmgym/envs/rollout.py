@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.cache import ByteCache
-from wmgym.envs.references import ReferenceBranches
+from wmgym.envs.references import BranchChunk, ReferenceBranches
 from wmgym.envs.scoring import RewardInputs, Scorer
 from wmgym.envs.starts import Start
 from wmgym.envs.state import EnvState
@@ -107,7 +107,8 @@ class Rollout:
             actions: `(B, T, 7)` in [-1, 1], on the world's device.
             rows: `(B,)` names of the environments, passed on to the reward.
         """
-        world, seen = step_world(self.world, state.world, actions, self.every)
+        recorded = torch.from_numpy(self._recorded_actions(state)).to(actions.device)
+        world, seen, branch = self._imagine(state, actions, recorded)
         limit = np.array([s.steps for s in state.starts]) - state.elapsed
         counted = np.repeat(np.minimum(limit, self.chunk), self.group_size)
         success = _success(seen, counted)
@@ -119,14 +120,22 @@ class Rollout:
         elapsed = state.elapsed + counted[:: self.group_size]
         truncated = np.repeat(limit <= self.chunk, self.group_size) & ~terminated
 
-        branch, inputs, reference = self._compare(state, seen, actions, counted, rows)
+        inputs, reference = self._compare(
+            state,
+            seen,
+            None if branch is None else branch.reference,
+            actions,
+            recorded,
+            counted,
+            rows,
+        )
         rewards, terms = self.scorer(inputs, reference, self._members(len(state.starts)))
         last = torch.from_numpy(counted - 1).to(actions.device)
         shown = (last + 1) // self.every - 1
         each = torch.arange(len(actions), device=actions.device)
         after = EnvState(
             world=world,
-            reference=branch,
+            reference=None if branch is None else branch.state,
             images=_to_images(seen.frames[each, shown]),
             proprio=seen.proprio[each, last].float(),
             targets=self._targets(inputs, state.starts, elapsed, shown),
@@ -159,24 +168,29 @@ class Rollout:
         }
         return {key: np.repeat(value, self.group_size, 0) for key, value in values.items()}
 
+    def _imagine(
+        self, state: EnvState, actions: Tensor, recorded_actions: Tensor
+    ) -> tuple[WorldState, Prediction, BranchChunk | None]:
+        """The world after the chunk, what is seen, and the branches where they are needed."""
+        if state.reference is None:
+            return *step_world(self.world, state.world, actions, self.every), None
+        keys = [(*s.key, int(e)) for s, e in zip(state.starts, state.elapsed, strict=True)]
+        branches = (state.reference, recorded_actions)
+        return self._branches.advance((state.world, actions), branches, keys)
+
     def _compare(
         self,
         state: EnvState,
         seen: Prediction,
+        reference: Reference | None,
         actions: Tensor,
+        recorded_actions: Tensor,
         counted: NDArray[np.int64],
         rows: NDArray[np.int64],
-    ) -> tuple[WorldState | None, RewardInputs, Reference | None]:
-        """The branch after the chunk, the reward's inputs, and the groups' reference frames."""
-        device = actions.device
-        recorded_actions = torch.from_numpy(self._recorded_actions(state)).to(device)
+    ) -> tuple[RewardInputs, Reference | None]:
+        """The reward's inputs, and the groups' reference frames."""
         recorded = self._recorded_frames(state) if self.scorer.recorded else None
-        branch = reference = None
-        if state.reference is not None:
-            keys = [(*s.key, int(e)) for s, e in zip(state.starts, state.elapsed, strict=True)]
-            chunk = self._branches.advance(state.reference, recorded_actions, keys)
-            branch, reference = chunk.state, chunk.reference
-        elif recorded is not None:
+        if reference is None and recorded is not None:
             reference = self.scorer.encode(recorded)
         members = self._members(len(state.starts))
         imagined = reference.frames if reference is not None and self.scorer.imagined else None
@@ -190,7 +204,7 @@ class Rollout:
             valid=self._counts(self.chunk // self.every, counted),
             rows=rows,
         )
-        return branch, inputs, reference
+        return inputs, reference
 
     def _recorded_actions(self, state: EnvState) -> NDArray[np.float32]:
         pairs = zip(state.starts, state.elapsed, strict=True)

@@ -75,7 +75,8 @@ class WorldModelVectorEnv(VectorEnv):
         dtype: "float32" or "bfloat16", of LPIPS and of the world unless it is given as an object.
         output: "numpy", or "torch": observations, rewards and flags as tensors on the device.
         render_mode: None or "rgb_array": imagined frame | frame it is compared with.
-        dataset: Folder of a LeRobot dataset or a `Dataset`; None for the shipped one of `suite`.
+        dataset: Folder of a LeRobot v3 or RLDS dataset, or a `Dataset`; None for the shipped one of
+            `suite`.
         max_episode_steps: A further bound on the episode, in environment steps.
         cache_mb: Megabytes for starts and reference branches that come up again; 0 keeps none.
         reward_every: Control steps between the frames that are drawn and rewarded, of which

@@ -312,7 +312,8 @@ def record(config: RecordConfig, *, progress: bool = True) -> Path:
     done = len(everything) - len(todo)
     with tqdm(total=len(everything), initial=done, unit="ep", disable=not progress) as bar:
         failed = 0
-        for success in in_workers(functools.partial(_stage, config), todo, config.workers):
+        stage = functools.partial(_stage, config)
+        for success in in_workers(stage, todo, config.workers, lambda take: take.task_id):
             failed += not success
             bar.update()
             bar.set_postfix(failed=failed)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmgym.data import LeRobotDataset
+from wmgym.data import Dataset, StoredDataset, open_dataset
 from wmgym.data.frame_cache import resize
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.worlds.latent_world import LatentWorld
@@ -33,7 +33,7 @@ pictures would make it infinite."""
 _BATCH = 8
 
 
-def held_out_starts(dataset: LeRobotDataset, horizon: int, count: int, seed: int) -> list[tuple]:
+def held_out_starts(dataset: StoredDataset, horizon: int, count: int, seed: int) -> list[tuple]:
     """`count` random `(episode_id, t)` of held-out episodes with `horizon` steps left, sorted.
 
     Raises:
@@ -54,7 +54,7 @@ def held_out_starts(dataset: LeRobotDataset, horizon: int, count: int, seed: int
 
 
 def read_windows(
-    dataset: LeRobotDataset,
+    dataset: Dataset,
     places: Sequence[tuple[int, int]],
     horizon: int,
     *,
@@ -109,7 +109,7 @@ def evaluate(
 
     Args:
         world: The world.
-        datasets: Folders of LeRobot v3 datasets with held-out initial states.
+        datasets: Folders of LeRobot v3 or RLDS datasets with held-out episodes.
         windows: Windows per dataset.
         horizon: Control steps imagined open loop.
         seed: Seed of the choice of windows.
@@ -129,14 +129,14 @@ def evaluate(
     everything: dict[str, list[Tensor]] = defaultdict(list)
     by_dataset: dict[str, Any] = {}
     for folder in datasets:
-        dataset = LeRobotDataset(folder)
+        dataset = open_dataset(folder)
         places = held_out_starts(dataset, horizon, windows, seed)
         scores: dict[str, list[Tensor]] = defaultdict(list)
         batches = [places[i : i + _BATCH] for i in range(0, len(places), _BATCH)]
-        for batch in tqdm(batches, desc=dataset.root.name, disable=not progress):
+        for batch in tqdm(batches, desc=dataset.name, disable=not progress):
             for name, values in _score(world, dataset, batch, horizon, lpips).items():
                 scores[name].append(values)
-        by_dataset[dataset.root.name] = {"windows": len(places), **_means(scores)}
+        by_dataset[dataset.name] = {"windows": len(places), **_means(scores)}
         for name, parts in scores.items():
             everything[name] += parts
     per_step = {name: _rounded(torch.cat(v).mean(0).tolist()) for name, v in everything.items()}
@@ -145,7 +145,7 @@ def evaluate(
 
 def _score(
     world: LatentWorld,
-    dataset: LeRobotDataset,
+    dataset: Dataset,
     places: Sequence[tuple[int, int]],
     horizon: int,
     lpips: LPIPS,

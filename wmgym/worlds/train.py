@@ -54,7 +54,7 @@ class TrainConfig:
     """How a world is trained.
 
     Attributes:
-        data: Folders of LeRobot v3 datasets.
+        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the world in `world/`.
         world: Shape of the network.
         init_from: World to go on from (shipped name or folder) instead of random weights; its shape

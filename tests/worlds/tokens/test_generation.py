@@ -8,8 +8,9 @@ import pytest
 import torch
 from published_tiny import DYNAMICS, dynamics
 
-from wmgym.worlds.tokens.generate import Decoding, Generator, choose
+from wmgym.worlds.tokens.generate import Generator
 from wmgym.worlds.tokens.noise import combine, keys_of, uniform
+from wmgym.worlds.tokens.sampling import Decoding, choose
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(context_tokens=24, dynamics_tokens=6)
@@ -61,6 +62,22 @@ def test_tokens_are_those_of_whole_passes(config, decoding):
     assert len(expected.unique()) > 10
 
 
+def test_prompts_are_continued_as_they_are():
+    model, decoding = dynamics(), Decoding("sample")
+    prefix, actions, noise = case(3, 1, 2)
+    tokens = model.generate(
+        torch.cat([prefix, actions[:, 0]], 1),
+        actions[:, 1:],
+        vocabulary=VOCABULARY,
+        decoding=decoding,
+    )
+    assert torch.equal(tokens, slow(model, decoding, prefix, actions, noise, 1))
+    with pytest.raises(ValueError, match=r"prompt has shape \(3, 30\), expected \(B, 37\)"):
+        model.generate(prefix, actions, vocabulary=VOCABULARY)
+    with pytest.raises(ValueError, match=r"expected \(3, T - 1, 7\)"):
+        model.generate(torch.cat([prefix, actions[:, 0]], 1), actions[:2], vocabulary=VOCABULARY)
+
+
 def test_step_by_step_is_the_same_as_at_once():
     generator = Generator(dynamics(), VOCABULARY, Decoding("sample"))
     prefix, actions, noise = case(2, 2, 3)
@@ -89,6 +106,44 @@ def test_rows_do_not_depend_on_others():
             noise[row : row + 1],
         )
         assert torch.equal(alone[0], expected[row])
+
+
+def test_captured_steps_are_the_same():
+    """The shapes and buffers of a CUDA graph, with a capture that does what a graph does."""
+    prefix, actions, noise = case(2, 3, 2)
+    for decoding in (Decoding(), Decoding("sample")):
+        plain = Generator(dynamics(), VOCABULARY, decoding)
+        expected, memory = plain.generate(plain.prefix(prefix), 3, actions, noise, keep=True)
+        captured = Generator(dynamics(), VOCABULARY, decoding)
+        captured.static = True
+        count = []
+
+        def capture(step, counters, count=count):
+            before = [counter.clone() for counter in counters]
+            step()
+            for counter, value in zip(counters, before, strict=True):
+                counter.copy_(value)
+            count.append(1)
+            return step
+
+        captured.capture = capture
+        for _ in range(2):
+            tokens, after = captured.generate(captured.prefix(prefix), 3, actions, noise, keep=True)
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(after, memory)
+        assert len(count) == 2  # one a frame, used again
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_choose_the_tokens_of_the_cpu():
+    prefix, actions, noise = case(2, 4, 2)
+    slow = Generator(dynamics(), VOCABULARY, Decoding())
+    fast = Generator(dynamics().cuda(), VOCABULARY, Decoding())
+    expected, _ = slow.generate(slow.prefix(prefix), 4, actions, noise)
+    for _ in range(2):
+        tokens, _ = fast.generate(fast.prefix(prefix.cuda()), 4, actions.cuda(), noise.cuda())
+        assert (tokens.cpu() == expected).float().mean() > 0.95
 
 
 def test_bfloat16_is_near():

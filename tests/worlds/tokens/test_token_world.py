@@ -12,7 +12,7 @@ import torch
 from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer, world
 
 from wmgym.worlds.tokens.action_tokens import ActionTokens
-from wmgym.worlds.tokens.generate import Decoding
+from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.world import World, cat_rows, replace_rows
 
@@ -147,6 +147,14 @@ def test_the_memory_it_plans_is_what_buffers_take(shared, caplog):
     with caplog.at_level(logging.INFO):
         world()
     assert "starts of up to 16 rows are imagined at once" in caplog.text
+
+
+def test_the_weights_it_counts_are_those_there_are(shared):
+    expected = sum(w.nbytes for w in dynamics().parameters())
+    assert shared.generator.weight_bytes == expected
+    one, two = (shared.needed_gib(count, 4) for count in (4, 8))
+    rows = shared.generator.nbytes(1, 5, 8) / 2**30
+    assert two - one == pytest.approx(rows)
 
 
 def test_starts_that_come_up_again_are_not_computed_again(monkeypatch):

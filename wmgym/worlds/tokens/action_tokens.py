@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.checkpoints import CheckpointError
@@ -81,15 +82,20 @@ class ActionTokens:
 
     def encode(self, actions: Tensor) -> Tensor:
         """Bins `(..., 7)` int64 in `0 ... bins - 1` of LIBERO's actions `(..., 7)`."""
-        values = actions.float()
-        if self.quantiles is not None and self.action_space == "normalised":
-            low, high = self._columns(self.quantiles, values)
-            scaled = 2 * (values[..., :-1] - low) / (high - low + _EPSILON) - 1
-            is_open = 1 - values[..., -1:].clamp(0, 1)
-            values = torch.cat([scaled.clamp(-1, 1), is_open], dim=-1)
+        values = self.convert(actions)
         low, high = self._columns(self.ranges, values)
         share = ((values - low) / (high - low + _EPSILON)).clamp(0, 1)
         return (share * self.bins).floor().long().clamp(0, self.bins - 1)
+
+    def convert(self, actions: Tensor) -> Tensor:
+        """LIBERO's actions `(..., 7)` in the convention, float32: what bins are bins of."""
+        values = actions.float()
+        if self.quantiles is None or self.action_space == "raw":
+            return values
+        low, high = self._columns(self.quantiles, values)
+        scaled = 2 * (values[..., :-1] - low) / (high - low + _EPSILON) - 1
+        is_open = 1 - values[..., -1:].clamp(0, 1)
+        return torch.cat([scaled.clamp(-1, 1), is_open], dim=-1)
 
     def save(self, folder: Path) -> None:
         """Writes `actions.json`."""
@@ -122,3 +128,9 @@ class ActionTokens:
     ) -> tuple[Tensor, Tensor]:
         low, high = torch.tensor(pairs, dtype=torch.float32, device=like.device).T
         return low, high
+
+
+def quantiles_of(actions: NDArray[np.float32]) -> tuple[tuple[float, float], ...]:
+    """`(q01, q99)` of the six dimensions before the gripper of raw actions `(N, 7)`."""
+    low, high = np.quantile(actions[:, :-1].astype(np.float64), (0.01, 0.99), axis=0)
+    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))

@@ -37,9 +37,14 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, inputs, H, W)` to `(B, outputs, H, W)`."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a result that nobody else holds: in place where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class SelfAttention(nn.Module):
@@ -137,7 +142,42 @@ class _Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if torch.is_grad_enabled():
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return enlarge(x, self.conv.weight, self.conv.bias)
+
+
+def enlarge(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A picture of twice the size and a 3x3 convolution of it, in 4/9 of the arithmetic.
+
+    Doubled pixels are equal, so taps of the convolution that fall on the same one are added up
+    beforehand: every second row of the result sees two rows of `x`, not three, and so for columns.
+
+    Args:
+        x: `(B, C, H, W)`.
+        weight: `(D, C, 3, 3)`.
+        bias: `(D,)`.
+
+    Returns:
+        `(B, D, 2 H, 2 W)`.
+    """
+    batch, _, height, width = x.shape
+    padded = F.pad(x, (1, 1, 1, 1))
+    rows = (_taps(weight, 2), _taps(weight, 2, late=True))
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+    result = x.new_empty(batch, len(weight), 2 * height, 2 * width)
+    result = result.contiguous(memory_format=layout or torch.contiguous_format)
+    for i, row in enumerate(rows):
+        for j in (0, 1):
+            part = padded[:, :, i : height + i + 1, j : width + j + 1]
+            result[:, :, i::2, j::2] = F.conv2d(part, _taps(row, 3, late=j == 1), bias)
+    return result
+
+
+def _taps(weight: Tensor, axis: int, *, late: bool = False) -> Tensor:
+    """Three taps on doubled pixels as two on single ones, for the early or the late double."""
+    a, b, c = weight.unbind(axis)
+    return torch.stack([a + b, c] if late else [a, b + c], axis)
 
 
 class _Mid(nn.Module):
@@ -212,7 +252,7 @@ class Encoder(nn.Module):
                 look = self.looks.index(i)
                 x = self.cross_att_blocks[look](x, context[look])
             features.append(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x))), features
+        return self.conv_out(_silu(self.conv_norm_out(x))), features
 
 
 class Decoder(nn.Module):
@@ -273,5 +313,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, context: Sequence[Tensor] = ()) -> Tensor:
         """Pictures `(B, 3, H, W)`, not clipped; arguments as in `features`."""
-        x = self.features(latents, context)[-1]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.picture(self.features(latents, context)[-1])
+
+    def picture(self, feature: Tensor) -> Tensor:
+        """Pictures `(B, 3, H, W)` of the last of all features."""
+        return self.conv_out(_silu(self.conv_norm_out(feature)))

@@ -17,9 +17,10 @@ dynamics tokens `(B, T - 1, n)`, both without offsets of a vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
+from wmgym.worlds.tokens.vocabulary import Vocabulary
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WRITTEN_AS = {"_class_name": "CompressiveVQModelFSQ", "_diffusers_version": "0.33.1"}
@@ -121,11 +123,13 @@ class CompressiveTokenizer(nn.Module):
     """Frames to tokens and back; see the module docstring.
 
     Args:
-        config: Its shape.
+        config: Its shape, or the JSON object of a `config.json` with it.
     """
 
-    def __init__(self, config: CompressiveTokenizerConfig) -> None:
+    def __init__(self, config: CompressiveTokenizerConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, CompressiveTokenizerConfig):
+            config = CompressiveTokenizerConfig.of(dict(config))
         self.config = config
         c, widths = config, config.block_out_channels
         shape = (widths, c.layers_per_block, c.latent_channels, c.norm_num_groups)
@@ -159,6 +163,16 @@ class CompressiveTokenizer(nn.Module):
         """Writes such a folder."""
         write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
 
+    def vocabulary(self, bins: int) -> Vocabulary:
+        """What tokens of this tokenizer, and of actions in `bins` bins, mean."""
+        return Vocabulary(
+            dynamics=self.dynamics_fsq.codes,
+            context=self.fsq.codes,
+            bins=bins,
+            context_tokens=self.config.context_tokens,
+            dynamics_tokens=self.config.dynamics_tokens,
+        )
+
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of clips.
 
@@ -171,11 +185,7 @@ class CompressiveTokenizer(nn.Module):
         Raises:
             ValueError: Frames of another shape.
         """
-        side = self.config.resolution
-        if frames.ndim != 5 or frames.shape[1] < 1 or frames.shape[2:] != (3, side, side):
-            raise ValueError(
-                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side})"
-            )
+        self._check_frames(frames)
         tokens, features = self.look(frames[:, 0])
         later = frames[:, 1:]
         count = later.shape[1]
@@ -202,6 +212,30 @@ class CompressiveTokenizer(nn.Module):
         canvas = [f.repeat_interleave(count, 0) for f in self.canvas(context_tokens[:, 0])]
         later = self.draw(dynamics_tokens.flatten(0, 1), canvas) if count else first[:0]
         return torch.cat([first, later.view(len(first), count, *first.shape[2:])], 1)
+
+    def reconstruct(self, frames: Tensor) -> Tensor:
+        """Frames as their tokens tell them: `encode` and `decode` in one, with a gradient.
+
+        Args:
+            frames: `(B, T, 3, H, W)` in [0, 1], T >= 2; the first one is the context.
+
+        Returns:
+            The same shape, not clipped; the gradient passes straight through the rounding.
+
+        Raises:
+            ValueError: Frames of another shape.
+        """
+        self._check_frames(frames)
+        later, count = frames[:, 1:].flatten(0, 1), frames.shape[1] - 1
+        latents, seen = self.encoder(frames[:, 0])
+        codes = self.fsq.quantize(self.quant_conv(latents).movedim(1, -1)).movedim(-1, 1)
+        looks = [seen[i].repeat_interleave(count, 0) for i in self.cond_encoder.looks]
+        dynamics = self.dynamics_fsq.quantize(self.dynamics_latents(later, looks))
+        shown = self.decoder.features(self.post_quant_conv(codes.to(latents.dtype)))
+        canvas = [shown[i].repeat_interleave(count, 0) for i in self.cond_decoder.looks]
+        drawn = self._drawn(dynamics.to(latents.dtype), canvas)
+        first = self.decoder.picture(shown[-1])
+        return torch.cat([first[:, None], drawn.unflatten(0, (len(frames), count))], 1)
 
     def look(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Context tokens `(B, N)` of frames `(B, 3, H, W)`, and the features later frames need."""
@@ -231,6 +265,10 @@ class CompressiveTokenizer(nn.Module):
     def draw(self, dynamics_tokens: Tensor, canvas: Sequence[Tensor]) -> Tensor:
         """Frames `(B, 3, H, W)` of dynamics tokens `(B, n)` on their canvas, not clipped."""
         codes = self.dynamics_fsq.decode(dynamics_tokens).to(self.post_quant_linear.weight.dtype)
+        return self._drawn(codes, canvas)
+
+    def _drawn(self, codes: Tensor, canvas: Sequence[Tensor]) -> Tensor:
+        """Frames `(B, 3, H, W)` of rounded dynamics latents `(B, n, D)`."""
         side, patch = self.config.side, self.config.patch_size
         return self.cond_decoder(_unpatched(self.post_quant_linear(codes), side, patch), canvas)
 
@@ -238,6 +276,13 @@ class CompressiveTokenizer(nn.Module):
         side = self.config.side
         codes = self.fsq.decode(context_tokens).to(self.post_quant_conv.weight.dtype)
         return self.post_quant_conv(codes.unflatten(1, (side, side)).movedim(-1, 1))
+
+    def _check_frames(self, frames: Tensor) -> None:
+        side = self.config.resolution
+        if frames.ndim != 5 or frames.shape[1] < 1 or frames.shape[2:] != (3, side, side):
+            raise ValueError(
+                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side})"
+            )
 
     def _check(self, context_tokens: Tensor, dynamics_tokens: Tensor) -> None:
         for name, tokens, each, codes in (

@@ -3,9 +3,8 @@
 All members of a group and their reference begin with the same 1,088 of 1,095 tokens. The prefix is
 passed once per start and attended to as one: the queries of all rows that share it are one matrix.
 What each row adds goes into buffers that are never copied; the actions of a step go in as one pass;
-only the tokens that may come next are scored. On CUDA the step is captured in a graph.
-
-    logits of a row = f(prefix of its start, what it added)
+only the tokens that may come next are scored. On CUDA the step is captured in a graph, one for
+every frame of a rollout, since what it attends to grows.
 
 Rows are laid out in `N` starts of `G` members. A row's result does not depend on others': with
 sampling, noise is a hash of seed, start and place (`noise.py`), the same for all rows of a start.
@@ -15,69 +14,24 @@ Shapes: `B = N G` rows, `P` tokens of a prefix, `S` tokens added, `H` heads, `n`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmgym.worlds.tokens.noise import combine, gumbel
+from wmgym.worlds.tokens.attention import (
+    AttentionKind,
+    causal_attention,
+    shared_prefix_attention,
+)
+from wmgym.worlds.tokens.noise import combine
 from wmgym.worlds.tokens.products import Product, product
+from wmgym.worlds.tokens.sampling import Decoding, choose
 from wmgym.worlds.tokens.transformer import TokenDynamics, rms_norm, rotary, rotate
 from wmgym.worlds.tokens.vocabulary import Vocabulary
-
-Mode = Literal["greedy", "sample"]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen.
-
-    Attributes:
-        mode: "greedy", or "sample" from the softmax.
-        top_p: Sampling keeps the likeliest tokens that together have at least this probability.
-        temperature: Divides the logits.
-        restricted: Only dynamics codes may follow. Otherwise, as released, any id may; ids that are
-            no dynamics codes stay in the sequence and are drawn as the nearest code.
-        seed: Of the noise.
-
-    Raises:
-        ValueError: A value outside of its range.
-    """
-
-    mode: Mode = "greedy"
-    top_p: float = 0.8
-    temperature: float = 1.0
-    restricted: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: allowed are {get_args(Mode)}")
-        if not 0 < self.top_p <= 1 or not self.temperature > 0:
-            raise ValueError(
-                f"top_p={self.top_p}, temperature={self.temperature}: allowed are (0, 1] and > 0"
-            )
-
-
-GREEDY = Decoding()
-
-
-def choose(logits: Tensor, decoding: Decoding, keys: Tensor) -> Tensor:
-    """Next tokens `(B,)` of logits `(B, V)`; `keys` `(B,)` name the noise of rows and place."""
-    if decoding.mode == "greedy":
-        return logits.argmax(dim=-1)
-    scaled = logits.float() / decoding.temperature
-    if decoding.top_p < 1:
-        ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        beyond = torch.zeros_like(before, dtype=torch.bool).scatter(
-            1, order, before >= decoding.top_p
-        )
-        scaled = scaled.masked_fill(beyond, -torch.inf)
-    return (scaled + gumbel(keys, scaled.shape[1])).argmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -123,6 +77,11 @@ class Generator:
         vocabulary: Its tokens.
         decoding: How the next token is chosen.
         dtype: Arithmetic of the matrix products; norms, softmax and choices are float32.
+        attention: Kernel that passes prefixes; what follows them has its own attention.
+
+    Attributes:
+        static: Whether steps have fixed shapes, so that they can be captured: on CUDA.
+        capture: What makes a captured step of a step.
     """
 
     def __init__(
@@ -131,6 +90,7 @@ class Generator:
         vocabulary: Vocabulary,
         decoding: Decoding,
         dtype: torch.dtype = torch.float32,
+        attention: AttentionKind = "auto",
     ) -> None:
         config = dynamics.config
         self.config, self.vocabulary, self.decoding, self.dtype = (
@@ -140,8 +100,9 @@ class Generator:
             dtype,
         )
         self.device = dynamics.lm_head.weight.device
-        # Rows read what they added once per token, which is bound by memory; yet the kernels for
-        # one query are slower in bfloat16 on a CPU.
+        self.static = self.device.type == "cuda"
+        self.capture = cuda_graph
+        # On a CPU, the kernels for one query are slower in bfloat16 than in float32.
         self.added_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.q_heads, self.heads, self.head = (
             config.num_attention_heads,
@@ -168,7 +129,17 @@ class Generator:
             )
             for layer in layers
         ]
+        self._causal = causal_attention(attention)
         self._work: _Work | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, as they are multiplied with."""
+        c = self.config
+        heads = (2 * self.q_heads + 2 * self.heads) * self.head
+        layer = c.hidden_size * (heads + 3 * c.intermediate_size + 2)
+        count = c.num_hidden_layers * layer + c.hidden_size * (2 * c.vocab_size + 1)
+        return count * self.dtype.itemsize
 
     def nbytes(self, starts: int, members: int, steps: int) -> int:
         """Bytes of keys and values of `starts` prefixes and of `steps` frames of every row."""
@@ -235,81 +206,78 @@ class Generator:
     def _frame(self, work: _Work, told: Tensor, at: int, noise: Tensor) -> Tensor:
         """The `n` tokens `(B, n)` of a frame after the tokens `told` `(B, m)` at place `at`."""
         count = self.vocabulary.dynamics_tokens
-        hidden = self._pass(work, told, at)
-        tokens = [self._next(hidden, combine(noise, 0))]
-        at += told.shape[1]
-        for place in range(1, count):
-            hidden = self._pass(work, tokens[-1][:, None], at)
-            tokens.append(self._next(hidden, combine(noise, place)))
-            at += 1
-        return torch.stack(tokens, 1)
+        end = at + told.shape[1] + count - 1
+        work.place.fill_(at)
+        first = self._next(self._pass(work, told, end), combine(noise, 0))
+        work.tokens[:, 0], work.noise[:] = first, noise
+        work.place.fill_(at + told.shape[1])
+        work.number.fill_(1)
+        one_more = self._captured(work, end)
+        for _ in range(1, count):
+            one_more()
+        return work.tokens.clone()
+
+    def _captured(self, work: _Work, end: int) -> Callable[[], None]:
+        """`_one_more` for a frame that ends at place `end`, as a graph where that is faster."""
+        if not self.static:
+            return lambda: self._one_more(work, end)
+        if end not in work.graphs:
+            work.graphs[end] = self.capture(lambda: self._one_more(work, end), work.counters)
+        return work.graphs[end]
+
+    def _one_more(self, work: _Work, end: int) -> None:
+        """Adds the last token and chooses the next; all that changes lies in the buffers."""
+        last = work.tokens.gather(1, (work.number - 1).expand(len(work.tokens), 1))
+        hidden = self._pass(work, last, end)
+        token = self._next(hidden, combine(work.noise, work.number))
+        work.tokens.index_copy_(1, work.number, token[:, None])
+        work.place.add_(1)
+        work.number.add_(1)
 
     def _next(self, hidden: Tensor, noise: Tensor) -> Tensor:
         return choose(self.unembed(hidden), self.decoding, noise)
 
     def _workspace(self, prefix: Prefix, members: int, length: int) -> _Work:
         """Buffers for rows of a prefix; those of the last call if they fit."""
-        shape = (prefix.keys.shape, members)
         work = self._work
-        if work is None or work.shape != shape or work.length < length:
+        if work is None or not work.fits(prefix, members, length):
             self._work = None  # free before the next are made
             work = self._work = _Work(self, prefix, members, length)
-        work.prefix = prefix
+        work.begin(prefix)
         return work
 
-    def _pass(self, work: _Work, tokens: Tensor, at: int) -> Tensor:
-        """Adds tokens `(B, m)` at place `at`; returns hidden states `(B, D)` of the last."""
+    def _pass(self, work: _Work, tokens: Tensor, end: int) -> Tensor:
+        """Adds tokens `(B, m)` from `work.place` on; returns hidden states `(B, D)` of the last.
+
+        Args:
+            work: The buffers.
+            tokens: What to add.
+            end: Place after the last one that may be attended to. The shapes of everything depend
+                on it alone in a graph; otherwise only what is there is read.
+        """
         count = tokens.shape[1]
-        places = torch.arange(at, at + count, device=self.device)
+        places = work.place + torch.arange(count, device=self.device)
+        if not self.static:
+            end = int(work.place) + count
         cos, sin = rotary(work.prefix_length + places, self.head, self.config.rope_theta)
         cos, sin = cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)
-        end = at + count
-        later = torch.arange(end, device=self.device) > places[:, None] if count > 1 else None
+        allowed = torch.arange(end, device=self.device) <= places[:, None]
         x = F.embedding(tokens, self.embedding)
         eps = self.config.rms_norm_eps
         for number, layer in enumerate(self.layers):
             q, k, v = self._project(layer, x, cos, sin)
-            work.keys[number][:, :, at:end] = k.transpose(1, 2)
-            work.values[number][:, :, at:end] = v.transpose(1, 2)
-            mixed = self._attend(work, number, q, end, later)
+            keys, values = work.keys[number], work.values[number]
+            keys.index_copy_(2, places, k.transpose(1, 2).to(keys.dtype))
+            values.index_copy_(2, places, v.transpose(1, 2).to(values.dtype))
+            mixed = shared_prefix_attention(
+                q,
+                (work.prefix.keys[number], work.prefix.values[number]),
+                (keys[:, :, :end], values[:, :, :end]),
+                allowed,
+            )
             x = x + layer.out(mixed)
             x = x + self._mlp(layer, rms_norm(x, layer.between, eps))
         return rms_norm(x[:, -1], self.norm, eps)
-
-    def _attend(
-        self, work: _Work, number: int, q: Tensor, end: int, later: Tensor | None
-    ) -> Tensor:
-        """Attention of `q` `(B, m, H_q, head)` to prefix and additions: `(B, m, H_q head)`."""
-        batch, count = q.shape[:2]
-        starts, members = work.starts, work.members
-        each = self.q_heads // self.heads
-        q = q.view(batch, count, self.heads, each, self.head) * self.head**-0.5
-        shared = q.view(starts, members, count, self.heads, each, self.head)
-        shared = shared.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
-        own = q.permute(0, 2, 1, 3, 4).flatten(2, 3).to(self.added_dtype)
-        keys, values = work.prefix.keys[number], work.prefix.values[number]
-        added_keys, added_values = work.keys[number][:, :, :end], work.values[number][:, :, :end]
-        to_prefix = (shared @ keys.transpose(-1, -2)).view(
-            starts, self.heads, members, count * each, -1
-        )
-        to_own = own @ added_keys.transpose(-1, -2)
-        if later is not None:
-            mask = later.repeat_interleave(each, 0)
-            to_own = to_own.masked_fill(mask, -torch.inf)
-        to_prefix = to_prefix.transpose(1, 2).flatten(0, 1)
-        weights = torch.cat([to_prefix.float(), to_own.float()], -1).softmax(-1)
-        length = keys.shape[2]
-        of_prefix = (
-            weights[..., :length]
-            .to(self.dtype)
-            .view(starts, members, self.heads, count * each, length)
-        )
-        of_prefix = of_prefix.transpose(1, 2).flatten(2, 3) @ values
-        of_prefix = of_prefix.view(starts, self.heads, members, count * each, self.head)
-        of_own = weights[..., length:].to(self.added_dtype) @ added_values
-        mixed = of_prefix.transpose(1, 2).flatten(0, 1) + of_own.to(self.dtype)
-        mixed = mixed.view(batch, self.heads, count, each, self.head)
-        return mixed.permute(0, 2, 1, 3, 4).flatten(2)
 
     def _whole(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `(layers, 1, H, P, head)` of one sequence `(1, P)`."""
@@ -320,17 +288,10 @@ class Generator:
         eps = self.config.rms_norm_eps
         keys, values = [], []
         for layer in self.layers:
-            q, k, v = (part.transpose(1, 2) for part in self._project(layer, x, cos, sin))
-            keys.append(k)
-            values.append(v)
-            each = self.q_heads // self.heads
-            wide = (
-                (k, v)
-                if each == 1
-                else (k.repeat_interleave(each, 1), v.repeat_interleave(each, 1))
-            )
-            mixed = F.scaled_dot_product_attention(q, *wide, is_causal=True)
-            x = x + layer.out(mixed.transpose(1, 2).flatten(2))
+            q, k, v = self._project(layer, x, cos, sin)
+            keys.append(k.transpose(1, 2))
+            values.append(v.transpose(1, 2))
+            x = x + layer.out(self._causal(q, k, v).flatten(2))
             x = x + self._mlp(layer, rms_norm(x, layer.between, eps))
         return torch.stack(keys), torch.stack(values)
 
@@ -349,16 +310,47 @@ class Generator:
 
 
 class _Work:
-    """Buffers of keys and values `(layers, B, H, S, head)` of what rows add to their prefix."""
+    """Buffers of what rows add to their prefix: nothing is copied as they grow.
+
+    Keys and values are `(layers, B, H, S, head)`. Where steps are captured in graphs, these read
+    and write here alone, so the prefix lies here as well.
+    """
 
     def __init__(self, generator: Generator, prefix: Prefix, members: int, length: int) -> None:
-        self.shape = (prefix.keys.shape, members)
-        self.prefix, self.members, self.length = prefix, members, length
+        device = generator.device
+        self.static, self.members, self.length = generator.static, members, length
         self.starts, self.prefix_length = prefix.keys.shape[1], prefix.keys.shape[3]
-        layers, rows = len(generator.layers), self.starts * members
-        size = (layers, rows, generator.heads, length, generator.head)
-        self.keys = torch.empty(size, dtype=generator.added_dtype, device=generator.device)
-        self.values = torch.empty_like(self.keys)
+        rows = self.starts * members
+        size = (len(generator.layers), rows, generator.heads, length, generator.head)
+        self.keys = torch.zeros(size, dtype=generator.added_dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.prefix = prefix
+        if self.static:
+            self.prefix = Prefix(torch.empty_like(prefix.keys), torch.empty_like(prefix.values))
+        whole: Any = {"dtype": torch.int64, "device": device}
+        self.tokens = torch.zeros(rows, generator.vocabulary.dynamics_tokens, **whole)
+        self.noise = torch.zeros(rows, **whole)
+        self.place = torch.zeros((), **whole)
+        self.number = torch.zeros(1, **whole)
+        self.graphs: dict[int, Callable[[], None]] = {}
+
+    @property
+    def counters(self) -> list[Tensor]:
+        """What a step changes that must be as before for it to be repeated."""
+        return [self.place, self.number, self.tokens]
+
+    def fits(self, prefix: Prefix, members: int, length: int) -> bool:
+        """Whether the buffers can hold these rows."""
+        same = self.prefix.keys.shape == prefix.keys.shape and self.members == members
+        return same and self.length >= length
+
+    def begin(self, prefix: Prefix) -> None:
+        """Takes another prefix of the same shape."""
+        if not self.static:
+            self.prefix = prefix
+            return
+        self.prefix.keys.copy_(prefix.keys)
+        self.prefix.values.copy_(prefix.values)
 
     def put(self, memory: Tensor) -> None:
         """Fills the beginning from what `take` returned."""
@@ -372,3 +364,24 @@ class _Work:
         """The first `count` tokens as `(B, count, 2 layers H head)`."""
         both = torch.stack([self.keys[:, :, :, :count], self.values[:, :, :, :count]])
         return both.permute(2, 4, 0, 1, 3, 5).flatten(2)
+
+
+def cuda_graph(step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
+    """A step as a CUDA graph: one launch instead of hundreds.
+
+    Args:
+        step: What to capture; it reads and writes fixed buffers only.
+        counters: Those of its buffers that must not have changed by trying it out.
+    """
+    before = [counter.clone() for counter in counters]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for counter, value in zip(counters, before, strict=True):
+        counter.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

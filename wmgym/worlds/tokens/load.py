@@ -20,9 +20,10 @@ import torch
 from wmgym.checkpoints import CONFIG, CheckpointError
 from wmgym.worlds.tokens import action_tokens, compressive, transformer
 from wmgym.worlds.tokens.action_tokens import ActionTokens
+from wmgym.worlds.tokens.attention import AttentionKind
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer
 from wmgym.worlds.tokens.folders import read_json, resolve_folder
-from wmgym.worlds.tokens.generate import GREEDY, Decoding
+from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics
 
@@ -53,6 +54,7 @@ def load_token_world(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     decoding: Decoding = GREEDY,
+    attention: AttentionKind = "auto",
     horizon: int = 8,
     memory_gib: float | None = None,
 ) -> TokenWorld:
@@ -65,29 +67,48 @@ def load_token_world(
         device: As in `TokenWorld`, like the following.
         dtype: "float32" or "bfloat16".
         decoding: How tokens are chosen.
+        attention: Kernel that passes prefixes: "auto", "sdpa", "flash" (extra) or "flex".
         horizon: Control steps imagined from one context.
         memory_gib: Memory for keys and values.
 
     Raises:
         CheckpointError: Something is missing, damaged, or does not fit.
     """
-    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    parts = load_parts(world, tokenizer=tokenizer, actions=actions)
     try:
         return TokenWorld(
-            CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
-            TokenDynamics.from_pretrained(folder),
-            actions or _actions(folder),
+            *parts,
             name=Path(world).name,
             device=device,
             dtype=dtype,
             decoding=decoding,
+            attention=attention,
             horizon=horizon,
             memory_gib=memory_gib,
         )
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{world}: {error}") from None
+
+
+def load_parts(
+    world: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    actions: ActionTokens | None = None,
+) -> tuple[CompressiveTokenizer, TokenDynamics, ActionTokens]:
+    """What a world in the published layout is made of; arguments as in `load_token_world`.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or does not fit.
+    """
+    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    return (
+        CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
+        TokenDynamics.from_pretrained(folder),
+        actions or _actions(folder),
+    )
 
 
 def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:

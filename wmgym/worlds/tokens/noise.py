@@ -29,7 +29,9 @@ def mix(x: Tensor) -> Tensor:
 
 def combine(key: Tensor, number: Tensor | int) -> Tensor:
     """A new key of a key and a number, elementwise."""
-    return mix((key + _STEP) ^ mix(torch.as_tensor(number, device=key.device) * _STEP))
+    if isinstance(number, int):  # without a copy from the host, which a graph could not capture
+        number = torch.full((), number, dtype=torch.int64, device=key.device)
+    return mix((key + _STEP) ^ mix(number * _STEP))
 
 
 def keys_of(tokens: Tensor, seed: int) -> Tensor:

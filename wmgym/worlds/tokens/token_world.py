@@ -28,10 +28,12 @@ from torch import Tensor
 from wmgym.cache import ByteCache
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 from wmgym.worlds.tokens.action_tokens import ActionTokens
+from wmgym.worlds.tokens.attention import AttentionKind
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer
-from wmgym.worlds.tokens.generate import GREEDY, Decoding, Generator, Prefix
+from wmgym.worlds.tokens.generate import Generator, Prefix
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.proprio import integrate
+from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.transformer import TokenDynamics
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 from wmgym.worlds.world import Prediction, WorldState, cat_rows, select_rows
@@ -41,6 +43,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GIB = 2**30
 _SHARE_OF_FREE_MEMORY = 0.6
 _SHARE_OF_WORK = 0.75
+_LIVE_ACTIVATIONS = 4
 _CANVAS_BYTES, _CODE_BYTES = 256 * 2**20, 64 * 2**20
 _FRAMES_AT_ONCE = {"cpu": 1, "cuda": 16}
 
@@ -92,6 +95,7 @@ class TokenWorld:
         dtype: "float32", or "bfloat16" for the dynamics and for drawing; frames become tokens in
             float32 in any case.
         decoding: How tokens are chosen.
+        attention: Kernel that passes prefixes: "auto", "sdpa", "flash" (extra) or "flex".
         horizon: Control steps imagined from one context.
         memory_gib: Memory for keys and values; None: 60 % of what is free now.
 
@@ -112,6 +116,7 @@ class TokenWorld:
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         decoding: Decoding = GREEDY,
+        attention: AttentionKind = "auto",
         horizon: int = 8,
         memory_gib: float | None = None,
     ) -> None:
@@ -129,14 +134,15 @@ class TokenWorld:
             dynamics_tokens=shape.dynamics_tokens,
         )
         self._check_fit(dynamics)
-        self.tokenizer = copy.deepcopy(tokenizer).to(self.device).eval().requires_grad_(False)
-        painter: Any = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
-        self._painter: CompressiveTokenizer = painter.to(memory_format=torch.channels_last)
+        networks: Any = copy.deepcopy(tokenizer).to(self.device).eval().requires_grad_(False)
+        self.tokenizer: CompressiveTokenizer = networks.to(memory_format=torch.channels_last)
+        self._painter = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
         self.generator = Generator(
             dynamics.to(self.device).eval().requires_grad_(False),
             self.vocabulary,
             decoding,
             _DTYPES[dtype],
+            attention,
         )
         self.memory_bytes = int(
             _free_memory(self.device) * _SHARE_OF_FREE_MEMORY
@@ -167,6 +173,24 @@ class TokenWorld:
             f"takes {need:.2f} GiB, {starts} starts of up to {rows} rows are imagined at once"
         )
 
+    def needed_gib(self, environments: int, members: int) -> float:
+        """GiB that so many environments in groups of `members` take at once, when all are fresh.
+
+        Weights; keys and values of all rows and of a reference row for each group, with the
+        prefixes once more where steps are captured; and the largest activations of the frames that
+        are drawn at once.
+        """
+        starts = -(-environments // members)
+        rows = self.generator.nbytes(starts, members + 1, self.horizon)
+        copied = self.generator.nbytes(starts, 0, 0) if self.generator.static else 0
+        weights = self.generator.weight_bytes + sum(
+            w.nbytes for network in (self.tokenizer, self._painter) for w in network.parameters()
+        )
+        widest = self.image_size[0] ** 2 * max(self.tokenizer.config.block_out_channels[:2])
+        each = next(self._painter.parameters()).element_size()
+        drawing = _FRAMES_AT_ONCE[self.device.type] * _LIVE_ACTIVATIONS * widest * each
+        return (rows + copied + weights + drawing) / _GIB
+
     @torch.no_grad()
     def start(self, frames: Tensor, proprio: Tensor) -> TokenState:
         """State at the last of the context frames `(B, C, 3, H, W)` and readings `(B, C, 8)`.
@@ -186,6 +210,11 @@ class TokenWorld:
             )
         frame = frames[:, -1].to(self.device, torch.float32)
         return self._anchor(frame, proprio[:, -1].to(self.device, torch.float32))
+
+    def forget(self) -> None:
+        """Lets go of what is kept of earlier starts."""
+        for cache in (self._prefixes, self._canvases, self._codes):
+            cache.clear()
 
     def _anchor(self, frame: Tensor, proprio: Tensor) -> TokenState:
         batch, n = len(frame), self.vocabulary.dynamics_tokens

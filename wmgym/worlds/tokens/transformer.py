@@ -9,6 +9,7 @@ cache: what training uses, and what the fast generation in `generate.py` is test
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.spaces import ACTION_DIM
+from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.noise import keys_of
+from wmgym.worlds.tokens.sampling import GREEDY, Decoding
+from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary
 
 WEIGHTS = "model.safetensors"
 _WRITTEN_AS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -138,24 +144,19 @@ class _Attention(nn.Module):
     def __init__(self, config: TokenDynamicsConfig) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_width
-        self.head = head
+        self.head, self.causal = head, causal_attention("sdpa")
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
         self.k_proj = nn.Linear(width, config.kv_heads * head, bias=False)
         self.v_proj = nn.Linear(width, config.kv_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.head)).transpose(1, 2)
-
-        q = rotate(heads(self.q_proj(x)), cos, sin)
-        k = rotate(heads(self.k_proj(x)), cos, sin)
-        v = heads(self.v_proj(x))
-        each = q.shape[1] // k.shape[1]
-        if each > 1:
-            k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
-        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        return self.o_proj(self.causal(q, k, v).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -194,11 +195,13 @@ class TokenDynamics(nn.Module):
     """Next-token logits; see the module docstring.
 
     Args:
-        config: Its shape.
+        config: Its shape, or the JSON object of a `config.json` with it.
     """
 
-    def __init__(self, config: TokenDynamicsConfig) -> None:
+    def __init__(self, config: TokenDynamicsConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, TokenDynamicsConfig):
+            config = TokenDynamicsConfig.of(dict(config))
         self.config = config
         self.model = _Llama(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -222,20 +225,67 @@ class TokenDynamics(nn.Module):
         """Writes such a folder, which `transformers` loads as well."""
         write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
+
+        Args:
+            tokens: Sequences.
+            at: Places `(P,)` whose logits `(B, P, V)` are wanted; None wants all.
 
         Raises:
             ValueError: Tokens of another shape, outside the vocabulary, or too many.
         """
         self.check(tokens)
-        return self.lm_head(self.hidden(tokens))
+        hidden = self.hidden(tokens)
+        return self.lm_head(hidden if at is None else hidden[:, at])
+
+    def generate(
+        self,
+        prompt: Tensor,
+        actions: Tensor,
+        *,
+        vocabulary: Vocabulary = PUBLISHED,
+        decoding: Decoding = GREEDY,
+    ) -> Tensor:
+        """Imagines `T` frames after each prompt, 64 tokens and the next action's 7 in turns.
+
+        The world behind the environment goes about it in the same way, and shares what prompts of
+        one start have in common (`wmgym.worlds.tokens.generate`).
+
+        Args:
+            prompt: `(B, P + 7)` ids: context, first frame, first action; 1,095 as published.
+            actions: `(B, T - 1, 7)` ids of the actions after the first.
+            vocabulary: What ids mean.
+            decoding: How the next token is chosen; noise follows from the start of the prompt.
+
+        Returns:
+            `(B, T, n)` ids of the frames.
+
+        Raises:
+            ValueError: Shapes do not fit, or ids are outside the vocabulary.
+        """
+        from wmgym.worlds.tokens.generate import Generator
+
+        length = vocabulary.prefix + ACTION_DIM
+        if prompt.ndim != 2 or prompt.shape[1] != length:
+            raise ValueError(f"prompt has shape {tuple(prompt.shape)}, expected (B, {length})")
+        if actions.ndim != 3 or actions.shape[::2] != (len(prompt), ACTION_DIM):
+            raise ValueError(
+                f"actions have shape {tuple(actions.shape)}, "
+                f"expected ({len(prompt)}, T - 1, {ACTION_DIM})"
+            )
+        told = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
+        self.check(torch.cat([prompt, actions.flatten(1)], 1))
+        prefix = prompt[:, : vocabulary.prefix]
+        generator = Generator(self, vocabulary, decoding, self.lm_head.weight.dtype)
+        noise = keys_of(prefix, decoding.seed)
+        return generator.generate(generator.prefix(prefix), 1, told, noise)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""
         config = self.config
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = rotary(positions, config.head_width, config.rope_theta)
+        cos, sin = (a[:, None] for a in rotary(positions, config.head_width, config.rope_theta))
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, cos.to(x.dtype), sin.to(x.dtype))

@@ -83,3 +83,6 @@ class Vocabulary:
         """
         place = torch.arange(length) - self.prefix
         return (place >= 0) & (place % self.frame >= ACTION_DIM)
+
+
+PUBLISHED = Vocabulary()

@@ -1,0 +1,131 @@
+"""Who acts in an evaluation: a `FlowVLA`, or an object with `reset` and `act` of a user's module.
+
+Everything that can be wrong with a policy is found here, in the calling process, before a simulator
+starts. A policy of files is known by a digest of them, so that results of other weights under the
+same name are never taken for its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wmgym.checkpoints import CONFIG, WEIGHTS, model_folder
+from wmgym.distributed import processes
+from wmgym_agents.policy import STATISTICS, FlowVLA, Observation
+
+
+class Policy(Protocol):
+    """What can be evaluated.
+
+    A policy that knows the size of its pictures may say so by an attribute `image_size`.
+    """
+
+    def reset(self, seed: int) -> None:
+        """Begins an episode; a policy that draws must draw from this seed."""
+
+    def act(self, observation: Observation) -> NDArray[np.floating]:
+        """A chunk `(1, T, 7)` of raw LIBERO actions for one observation."""
+
+
+class Flow:
+    """A `FlowVLA` as a policy to evaluate: noise is drawn for the episode, none while denoising.
+
+    Args:
+        policy: The policy, where it is to run.
+        temperature: Size of the noise that it denoises.
+    """
+
+    def __init__(self, policy: FlowVLA, temperature: float) -> None:
+        self.policy = policy.eval()
+        self.temperature = temperature
+        self.image_size = policy.config.encoder.image_size
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it takes pictures of any size."""
+        return self.policy.config.encoder.resizes
+
+    def reset(self, seed: int) -> None:
+        """Begins an episode."""
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """A chunk."""
+        return self.policy.act(observation, self.generator, self.temperature)
+
+
+def _function(policy: str) -> tuple[str, str] | None:
+    """Module and function of a policy that is made by one."""
+    module, colon, name = policy.partition(":")
+    return (module, name) if colon and not Path(policy).exists() else None
+
+
+def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") -> Policy:
+    """A policy by name, folder, or `module:function` that makes it.
+
+    Modules are also looked for in the working directory.
+
+    Args:
+        policy: The policy.
+        temperature: Size of the noise that a `FlowVLA` denoises.
+        device: Where a `FlowVLA` runs: "auto" (CUDA where there is some), "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: There is no such policy, or its files are damaged.
+        ValueError: There is no such function or device, or what the function makes is no policy.
+        RuntimeError: The function failed; its own error is the cause.
+    """
+    with processes(device) as here:
+        place = here.device
+    function = _function(policy)
+    made = FlowVLA.from_pretrained(policy) if function is None else _made(policy, *function)
+    if isinstance(made, FlowVLA):
+        return Flow(made.to(place), temperature)
+    missing = [name for name in ("reset", "act") if not callable(getattr(made, name, None))]
+    if missing:
+        raise ValueError(
+            f"policy={policy!r} makes a {type(made).__name__} without {' and '.join(missing)}: "
+            "return a FlowVLA, or an object with reset(seed) and act(observation)"
+        )
+    return made
+
+
+def _made(policy: str, module: str, name: str) -> Any:
+    """What a user's function makes."""
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - an installed command's path lacks it
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"policy={policy!r} cannot be made: {error}") from error
+    if not callable(function):
+        raise ValueError(f"policy={policy!r} cannot be made: {module} has no function {name!r}")
+    try:
+        return function()
+    except Exception as error:
+        raise RuntimeError(f"policy={policy!r} cannot be made: {name}() failed") from error
+
+
+def digest(policy: str) -> str | None:
+    """Digest of a policy's weights, shape and statistics; None where a function makes it.
+
+    Raises:
+        CheckpointError: There is no such policy.
+    """
+    if _function(policy) is not None:
+        return None
+    folder, digest = model_folder("policy", policy), hashlib.sha256()
+    for name in (CONFIG, STATISTICS, WEIGHTS):
+        with (folder / name).open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,358 @@
+"""How fast the published world imagines, against Hugging Face's `generate` in the same run.
+
+One start, a group and its reference, some frames each, then R3. What is compared differs in how
+tokens are generated and frames are drawn; tokens must agree.
+
+    ours         `wmgym.worlds.tokens`: prefix passed once and shared, buffers, frames on one canvas
+    reprefill    as the released code drives it: `generate` on the whole growing prompt for every
+                 frame of every row, then the tokenizer's decoding clip by clip
+    generate     `generate` with its cache kept from frame to frame, decoding as above
+
+Both peers roll the reference once. The released code rolls it again for every member; those rows
+cost what members cost, so its time is `reprefill` times two groups over one and a row, which the
+report tells as derived. Decoding is greedy over the whole vocabulary. Weights may be random: time
+does not depend on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmgym.bench import timed
+from wmgym.extras import require
+from wmgym.rewards.perceptual import LPIPS
+from wmgym.rewards.verified import RewardWeights, encode_reference, frame_reward
+from wmgym.worlds.tokens.action_tokens import ActionTokens
+from wmgym.worlds.tokens.compressive import CompressiveTokenizer, CompressiveTokenizerConfig
+from wmgym.worlds.tokens.sampling import Decoding
+from wmgym.worlds.tokens.token_world import TokenWorld
+from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
+
+_GIB = 2**30
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ENVIRONMENTS = (16, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class BenchPublishedConfig:
+    """What to measure.
+
+    Attributes:
+        world: Folder of a world in the published layout; None: random weights of published shape.
+        members: Members of the group.
+        frames: Control steps imagined, at most 8.
+        dtypes: Arithmetic of everyone, one measurement for each: "float32", "bfloat16".
+        device: "auto", "cpu" or "cuda".
+        repeats: Repeats of which the median is reported.
+        peers: Also measure the peers (extra `vla`).
+        seed: Seed of weights, start and actions.
+        out: The report; none is written without.
+    """
+
+    world: Path | None = None
+    members: int = 16
+    frames: int = 8
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    device: str = "auto"
+    repeats: int = 3
+    peers: bool = True
+    seed: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One start, and the actions `(B, T, 7)` of its rows, the recorded ones last."""
+
+    frame: Tensor
+    proprio: Tensor
+    actions: Tensor
+
+
+@dataclass
+class _Parts:
+    """The networks, and what every way of using them has in common."""
+
+    tokenizer: CompressiveTokenizer
+    dynamics: TokenDynamics
+    lpips: LPIPS
+
+    def reward(self, frames: Tensor) -> Tensor:
+        """R3 of all rows `(B, T, 3, H, W)` but the last, which is the reference."""
+        reference = encode_reference(frames[-1:], self.lpips)
+        rows = torch.zeros(len(frames) - 1, dtype=torch.int64, device=frames.device)
+        return frame_reward(frames[:-1], reference, self.lpips, RewardWeights(), rows)[0].mean(1)
+
+
+def bench_published(
+    config: BenchPublishedConfig, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measures ours and the peers in turns.
+
+    Args:
+        config: What to measure.
+        say: Called with a line per measurement.
+
+    Returns:
+        By device, by dtype: for each of the `ways` seconds to rewards with its parts,
+        `tokens_per_s` and `peak_memory_gib`; the ratios `speedup_vs_reprefill` and
+        `speedup_vs_generate`, for generation alone as well; the share of tokens that agree; and
+        `memory_gib` that numbers of environments need.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    return {device.type: {dtype: _measure(config, dtype, device, say) for dtype in config.dtypes}}
+
+
+def _measure(
+    config: BenchPublishedConfig, dtype: str, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The figures of one precision."""
+    parts = _parts(config, dtype, device)
+    case = _case(config, parts, device)
+    world = TokenWorld(
+        parts.tokenizer,
+        parts.dynamics,
+        ActionTokens(),
+        name="published",
+        device=device,
+        dtype=dtype,
+        decoding=Decoding(restricted=False),
+    )
+    ways: dict[str, Callable[[], tuple[Tensor, dict[str, float]]]] = {
+        "ours": lambda: _ours(world, parts, case)
+    }
+    if config.peers:
+        model = _peer(parts.dynamics, _DTYPES[dtype], device)
+        painter = copy.deepcopy(parts.tokenizer).to(_DTYPES[dtype])
+        ways["generate"] = lambda: _with_generate(config, parts, painter, model, case, keep=True)
+        ways["reprefill"] = lambda: _with_generate(config, parts, painter, model, case, keep=False)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    tokens: dict[str, Tensor] = {}
+    for number in range(config.repeats):
+        for name, way in ways.items():
+            gc.collect()
+            with peak_memory(device) as peak:
+                tokens[name], seconds = way()
+            seconds["peak_memory_gib"] = peak()
+            runs[name].append(seconds)
+            say(f"{dtype} {name} {number + 1}/{config.repeats}: {seconds['total']:.2f} s")
+    rows = config.members + 1
+    generated = rows * config.frames * tokens["ours"].shape[2]
+    figures: dict[str, Any] = {
+        "members": config.members,
+        "frames": config.frames,
+        "parameters": sum(p.numel() for p in parts.dynamics.parameters()),
+        "different_frames": len(tokens["ours"].flatten(0, 1).unique(dim=0)),
+        "repeats": config.repeats,
+        "ways": {name: _summary(of, generated) for name, of in runs.items()},
+    }
+    for name in ways:
+        if name != "ours":
+            figures |= _ratios(figures["ways"], name)
+            first = (tokens[name][:, 0] == tokens["ours"][:, 0]).float().mean()
+            figures[f"same_tokens_{name}"] = round(float(first), 4)
+    figures["memory_gib"] = {
+        str(count): round(world.needed_gib(count, config.members), 2) for count in _ENVIRONMENTS
+    }
+    if config.peers:
+        rowed = figures["ways"]["reprefill"]["total"] * 2 * config.members / rows
+        figures["derived_released_total"] = round(rowed, 2)
+        figures["derived_speedup_vs_released"] = round(rowed / figures["ways"]["ours"]["total"], 2)
+    return figures
+
+
+def random_networks(seed: int) -> tuple[CompressiveTokenizer, TokenDynamics]:
+    """The published networks with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = CompressiveTokenizer(CompressiveTokenizerConfig())
+        dynamics = TokenDynamics(TokenDynamicsConfig())
+        # Large enough for rows to differ by their actions: equal ones are computed once.
+        for weight in (w for w in dynamics.parameters() if w.ndim == 2):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return tokenizer, dynamics
+
+
+def _parts(config: BenchPublishedConfig, dtype: str, device: torch.device) -> _Parts:
+    if config.world is None:
+        tokenizer, dynamics = random_networks(config.seed)
+    else:
+        tokenizer = CompressiveTokenizer.from_pretrained(config.world / "tokenizer")
+        dynamics = TokenDynamics.from_pretrained(config.world)
+    for network in (tokenizer, dynamics):
+        network.to(device).eval().requires_grad_(False)
+    return _Parts(tokenizer, dynamics, LPIPS("alex", dtype=_DTYPES[dtype]).to(device))
+
+
+def _case(config: BenchPublishedConfig, parts: _Parts, device: torch.device) -> _Case:
+    generator = torch.Generator().manual_seed(config.seed)
+    side = parts.tokenizer.config.resolution
+    coarse = torch.rand(1, 3, 16, 16, generator=generator)
+    frame = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")
+    actions = torch.rand(config.members + 1, config.frames, 7, generator=generator) * 2 - 1
+    return _Case(frame.to(device), torch.zeros(1, 8, device=device), actions.to(device))
+
+
+def _ours(world: TokenWorld, parts: _Parts, case: _Case) -> tuple[Tensor, dict[str, float]]:
+    """A rollout from a start that nothing is known of yet."""
+    world.forget()
+    count = len(case.actions)
+    rows = torch.zeros(count, dtype=torch.int64, device=world.device)
+    drawing: dict[str, float] = defaultdict(float)
+    with Stopwatch(world.device) as total, timed(world, "_draw", "drawing", drawing):
+        with Stopwatch(world.device) as encoding:
+            state = world.start(case.frame[:, None], case.proprio[:, None])
+        with Stopwatch(world.device) as imagining:
+            state, seen = world.step(world.select(state, rows), case.actions)
+        with Stopwatch(world.device) as rewarding:
+            parts.reward(seen.frames)
+    seconds = {
+        "total": total.seconds,
+        "encoding": encoding.seconds,
+        "generation": imagining.seconds - drawing["drawing"],
+        **drawing,
+        "rewards": rewarding.seconds,
+    }
+    return state.tokens[:, : case.actions.shape[1]], seconds
+
+
+def _peer(dynamics: TokenDynamics, dtype: torch.dtype, device: torch.device) -> Any:
+    """The same transformer in Hugging Face's implementation."""
+    transformers = require("transformers", "vla")
+    described = {k: v for k, v in dynamics.config.describe().items() if v is not None}
+    settings = transformers.LlamaConfig(**described, pad_token_id=described["eos_token_id"])
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.LlamaForCausalLM(settings).to(device, dtype).eval()
+    model.load_state_dict(dynamics.state_dict())
+    return model
+
+
+@torch.no_grad()
+def _with_generate(
+    config: BenchPublishedConfig,
+    parts: _Parts,
+    painter: CompressiveTokenizer,
+    model: Any,
+    case: _Case,
+    *,
+    keep: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    """A rollout by `generate`, from scratch for every frame or with the cache kept."""
+    transformers = require("transformers", "vla")
+    device, rows = case.frame.device, len(case.actions)
+    count = painter.config.dynamics_tokens
+    with Stopwatch(device) as total:
+        with Stopwatch(device) as encoding:
+            context, first = parts.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
+        offset = painter.dynamics_fsq.codes
+        told = ActionTokens().encode(case.actions) + offset + painter.fsq.codes
+        prompt = torch.cat([context[:, 0] + offset, first[:, 0]], 1).expand(rows, -1)
+        cache = transformers.DynamicCache() if keep else None
+        imagined = []
+        with Stopwatch(device) as generation:
+            for t in range(config.frames):
+                prompt = torch.cat([prompt, told[:, t]], 1)
+                prompt = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=count,
+                    min_new_tokens=count,
+                    do_sample=False,
+                    eos_token_id=None,
+                    **({} if cache is None else {"past_key_values": cache}),
+                )
+                imagined.append(prompt[:, -count:])
+        tokens = torch.stack(imagined, 1)
+        with Stopwatch(device) as drawing:
+            codes = tokens.clamp(max=offset - 1)
+            drawn = torch.cat([painter.decode(context, row[None])[:, 1:] for row in codes])
+        with Stopwatch(device) as rewarding:
+            parts.reward(drawn.float().clamp(0, 1))
+    return tokens, {
+        "total": total.seconds,
+        "encoding": encoding.seconds,
+        "generation": generation.seconds,
+        "drawing": drawing.seconds,
+        "rewards": rewarding.seconds,
+    }
+
+
+def _summary(runs: list[dict[str, float]], generated: int) -> dict[str, float]:
+    """Medians, and tokens per second of generation."""
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    medians["tokens_per_s"] = generated / medians["generation"]
+    return {name: round(value, 3) for name, value in medians.items()}
+
+
+def _ratios(ways: dict[str, dict[str, float]], name: str) -> dict[str, float]:
+    ours, other = ways["ours"], ways[name]
+    return {
+        f"speedup_vs_{name}": round(other["total"] / ours["total"], 2),
+        f"generation_speedup_vs_{name}": round(other["generation"] / ours["generation"], 2),
+    }
+
+
+class Stopwatch:
+    """Seconds spent in its blocks, added up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._settle()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._settle()
+        self.seconds += time.perf_counter() - self._began
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Most memory in GiB that a block takes beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - before) / _GIB
+        return
+    before, most, over = _resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            most[0] = max(most[0], _resident() - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield lambda: most[0] / _GIB
+    over.set()
+    thread.join()
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; nothing where the system does not tell."""
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return 0
+    return int(fields[1]) * 4096
