@@ -180,7 +180,7 @@ class GRPO:
         keys = [self._key(0, first + g) for g in range(self.groups)]
         seeds = [key % 2**31 for key in keys for _ in range(config.members)]
         seen, info = self.envs.reset(seed=seeds)
-        check_lengths(self.envs.starts, config.chunks, self.chunk)
+        check_lengths(self.envs, config.chunks)
         sources = [torch.Generator().manual_seed(key) for key in keys]
         decisions, rewards = [], []
         figures: dict[str, list[Tensor]] = {"clipped": []}

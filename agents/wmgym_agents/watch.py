@@ -35,13 +35,14 @@ def observation(seen: dict[str, Any], info: dict[str, Any], every: int = 1) -> O
     }
 
 
-def check_lengths(starts: Sequence[Start], chunks: int, chunk: int) -> None:
+def check_lengths(envs: WorldModelVectorEnv, chunks: int) -> None:
     """Checks that the recorded episodes go on for as long as the policy is to act.
 
     Raises:
         ValueError: An episode ends before the last chunk begins.
     """
-    for start in starts:
+    chunk, _ = envs.single_action_space.shape
+    for start in envs.starts:
         if start.steps <= (chunks - 1) * chunk:
             raise ValueError(
                 f"chunks={chunks}: episode {start.info.episode_id} of {start.info.length} steps "
@@ -102,6 +103,7 @@ class Watch:
         """First chunks `(n, T, 7)`, rewards `(chunks, n)`, and what these were computed from."""
         generator = torch.Generator().manual_seed(_SEED)
         seen, info = envs.reset(seed=_SEED)
+        check_lengths(envs, self._chunks)
         chunks, rewards, steps = [], [], []
         for _ in range(self._chunks):
             chunks.append(policy.act(observation(seen, info), generator))
