@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -40,6 +41,7 @@ OPTIONS = {
     "audit": cli.Audit,
     "sft": SFTConfig,
     "rft": GRPOConfig,
+    "import-policy": cli.ImportPolicy,
     "evaluate": EvaluationConfig,
     "compare": CompareConfig,
     "experiment": ExperimentConfig,
@@ -91,9 +93,31 @@ def test_help_of_a_command_names_every_option(name, wmgym):
 
 def test_a_preset_of_the_policy_has_the_options_of_its_encoder(wmgym):
     for preset, option in (("small", "buckets"), ("vla-adapter", "tokenizer")):
-        code, out, _ = wmgym("sft", "--preset", preset, "--help")
-        assert code == 0
-        assert f"--policy.encoder.{option}" in out
+        for words in (("--preset", preset), (f"--preset={preset}",)):
+            code, out, _ = wmgym("sft", *words, "--help")
+            assert code == 0
+            assert f"--policy.encoder.{option}" in out
+            assert "--preset {small,vla-adapter}" in out
+            assert f"(default: {preset})" in out.replace("\n", " ")
+
+
+def test_a_preset_chooses_the_defaults_and_options_change_them(wmgym, monkeypatch):
+    given = []
+    module = importlib.import_module("wmgym_agents.grpo")
+    monkeypatch.setattr(module, "grpo", given.append)
+    line = ("--policy", "x", "--out", "y", "--members", 3, "--reward", "toy:SIZE")
+    for words in ((), ("--preset=small",)):
+        assert wmgym("rft", *line, *words)[0] == 0
+    assert [config.noise for config in given] == ["sigma_net", "noise_head"]
+    assert {(config.members, config.reward) for config in given} == {(3, "toy:SIZE")}
+    for words, said in (
+        (("--preset", "large"), "published"),
+        (("--noise", "none"), "noise_head"),
+        (("--reward", "R4"), "R4"),
+    ):
+        code, _, printed = wmgym("rft", *line[:6], *words)
+        assert code == 2
+        assert said in printed
 
 
 def test_audits_of_the_command_line_and_of_the_library_have_the_same_defaults():

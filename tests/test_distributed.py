@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wmgym.distributed import processes
+from wmgym.distributed import Processes, processes
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
@@ -13,7 +13,7 @@ def test_a_process_without_torchrun_is_the_main_one(device, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with processes(device) as here:
         assert (here.rank, here.size, here.main) == (0, 1, True)
-        value = torch.tensor(3.0)
+        value = torch.tensor(3.0, device=here.device)
         assert here.mean(value) is value
         here.wait()
         assert here.device.type == (
@@ -25,6 +25,12 @@ def test_a_process_without_torchrun_is_the_main_one(device, monkeypatch):
 def test_unknown_devices_are_refused(device):
     with pytest.raises(ValueError, match="allowed here are"), processes(device):
         pass
+
+
+def test_a_tensor_that_is_elsewhere_is_refused():
+    here = Processes(0, 1, torch.device("meta"))
+    with pytest.raises(ValueError, match="a tensor on cpu cannot be averaged between processes on"):
+        here.mean(torch.zeros(2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

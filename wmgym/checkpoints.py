@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wmgym.assets import asset_path
-from wmgym.files import write_text
+from wmgym.files import complete, write_text
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -41,7 +41,16 @@ def save_model(
         model: The network.
         config: JSON values for `config.json`.
         half: Store matrices in bfloat16, half the size.
+
+    Raises:
+        FloatingPointError: A weight is NaN or infinite; nothing is written.
+        OSError: A file cannot be written.
     """
+    broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
+    if broken:
+        raise FloatingPointError(
+            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -53,11 +62,14 @@ def save_model(
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.chmod(0o644)
-    part.replace(path)
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with complete(path, SafetensorError) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(0o644)
 
 
 def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ own command line, the seed, the machine and the version in it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import shlex
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -98,13 +100,12 @@ def _score() -> None:
 
 def _sft() -> None:
     """Train a policy on demonstrations; resumes when the run's folder holds a checkpoint."""
-    from wmgym_agents.policy import PRESETS
-    from wmgym_agents.sft import SFTConfig, sft
+    from wmgym_agents.sft import PRESETS, SFTConfig, sft
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     presets = {
-        name: SFTConfig(data=tyro.MISSING, out=tyro.MISSING, policy=policy)
-        for name, policy in PRESETS.items()
+        name: SFTConfig(data=tyro.MISSING, out=tyro.MISSING, **changes)
+        for name, changes in PRESETS.items()
     }
     print(f"trained {sft(_options(SFTConfig, presets))}")
 
@@ -119,6 +120,11 @@ def _rft() -> None:
         for name, changes in PRESETS.items()
     }
     print(f"trained {grpo(_options(GRPOConfig, presets))}")
+
+
+def _import_policy() -> None:
+    """Make a policy of a folder of the released VLA-RFT (extra `vla`)."""
+    _options(ImportPolicy).run()
 
 
 def _experiment() -> None:
@@ -223,6 +229,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "audit": _audit,
     "sft": _sft,
     "rft": _rft,
+    "import-policy": _import_policy,
     "evaluate": _evaluate,
     "compare": _compare,
     "experiment": _experiment,
@@ -342,6 +349,31 @@ class Report:
 
 
 @dataclass(frozen=True)
+class ImportPolicy:
+    """Make a policy of a folder of the released VLA-RFT (extra `vla`)."""
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    """The folder, such as a copy of VLA-RFT/Base-Libero-Object: config.json, model.safetensors,
+    dataset_statistics.json, tokenizer, action_head--*.pt and the two projectors."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """The new folder, which every --policy and --init-from takes."""
+    suite: str | None = None
+    """Whose statistics to use, where the folder has those of several."""
+
+    def run(self) -> None:
+        """Reads every tensor, strictly, and writes the policy."""
+        from wmgym_agents.published import load_published
+
+        import wmgym
+
+        if self.out.exists():
+            raise FileExistsError(f"{self.out} exists: choose another folder, or remove it")
+        policy = load_published(self.source, self.suite)
+        policy.save_pretrained(self.out, version=wmgym.__version__, imported=str(self.source))
+        print(f"imported {self.out}")
+
+
+@dataclass(frozen=True)
 class Subset:
     """Copy some episodes of a LeRobot v3 dataset into a smaller one, without re-encoding."""
 
@@ -414,26 +446,32 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
         presets: Defaults by name; `--preset NAME`, else the first, chooses among them.
     """
     name, *given = sys.argv[1:]
-    description = COMMANDS[name].__doc__
-    default: dict[str, Any] = {}
-    if presets is not None:
-        description = f"{description} --preset {{{','.join(presets)}}} chooses the defaults."
-        preset = next(iter(presets))
-        if "--preset" in given:
-            place = given.index("--preset")
-            preset = (given[place + 1 : place + 2] or [""])[0]
-            del given[place : place + 2]
-        if preset not in presets:
-            raise ValueError(f"--preset {preset}: allowed are {', '.join(presets)}")
-        default = {"default": presets[preset]}
-    return tyro.cli(
-        kind,
+    read = functools.partial(
+        tyro.cli,
         prog=f"wmgym {name}",
-        description=description,
+        description=COMMANDS[name].__doc__,
         args=given,
         config=(tyro.conf.AvoidSubcommands,),  # of several shapes, that of the defaults
-        **default,
     )
+    if presets is None:
+        return read(kind)
+    words = [part for word in given for part in word.split("=", 1)]
+    chosen = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
+    preset = chosen[0] if chosen and chosen[0] in presets else next(iter(presets))
+    explained = tyro.conf.arg(help="Chooses the defaults of all other options.")
+    named: Any = Literal[tuple(presets)]
+    both = dataclasses.make_dataclass(
+        kind.__name__,
+        [
+            ("preset", Annotated[named, explained], dataclasses.field(default=preset)),
+            (
+                "options",
+                Annotated[kind, tyro.conf.arg(name="")],
+                dataclasses.field(default=presets[preset]),
+            ),
+        ],
+    )
+    return read(both).options
 
 
 def _usage() -> str:

@@ -33,7 +33,18 @@ class Processes:
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over all processes."""
+        """Mean of a tensor over all processes.
+
+        Raises:
+            ValueError: It is on another device than the process's own, where processes on GPUs
+                cannot exchange it.
+        """
+        here = self.device
+        if value.device.type != here.type or here.index not in (None, value.device.index):
+            raise ValueError(
+                f"a tensor on {value.device} cannot be averaged between processes on {here}: make "
+                "it there, or move it with .to(device)"
+            )
         if self.size == 1:
             return value
         total = value.clone()

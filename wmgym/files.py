@@ -1,17 +1,43 @@
-"""Text files that bear a killed process: complete or not there, or complete line by line."""
+"""Files that bear a killed process: complete or not there, or complete line by line."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def complete(path: Path, *refusals: type[Exception]) -> Iterator[Path]:
+    """Where to write a file that appears complete or not at all.
+
+    Args:
+        path: The file. Until the block has ended it is called `<name>.part`; where the block fails
+            that is removed, and what was at `path` before stays.
+        *refusals: What a library raises when it cannot write.
+
+    Raises:
+        OSError: It cannot be written; the message names the file.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        nameless = isinstance(error, OSError) and error.filename is None
+        if nameless or isinstance(error, refusals):
+            reason = f"{error}".partition("\n")[0]
+            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from error
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears complete or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with complete(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar
@@ -25,7 +27,8 @@ from wmgym.checkpoints import CheckpointError
 from wmgym.data import FrameCache, open_dataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
-from wmgym.files import complete_lines, write_text
+from wmgym.files import complete, json_lines, write_text
+from wmgym.settings import described
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ class Run(Generic[ModelT]):
     beside: Mapping[str, Stateful] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, entirely or not at all."""
+        """Writes a checkpoint, entirely or not at all; `OSError` if it cannot be written."""
         write_state(path, self.state())
 
     def state(self) -> dict[str, Any]:
@@ -140,6 +143,8 @@ class Run(Generic[ModelT]):
         """
         try:
             state = torch.load(path, map_location=device, weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}")
             before = json.loads(state["settings"])
             differ = [
                 f"{name} was {before.get(name)!r}, is {now!r}"
@@ -158,6 +163,7 @@ class Run(Generic[ModelT]):
             RuntimeError,
             ValueError,
             KeyError,
+            TypeError,
             EOFError,
             pickle.UnpicklingError,
         ) as error:
@@ -168,10 +174,13 @@ class Run(Generic[ModelT]):
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint, entirely or not at all."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    """Writes a checkpoint, entirely or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with complete(path, RuntimeError) as part:
+        torch.save(state, part)
 
 
 def descend(
@@ -234,13 +243,21 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-_FREE = ("out", "device", "save_every", "validate_every", "log_every")
+_FREE = (
+    "out",
+    "device",
+    "save_every",
+    "validate_every",
+    "validation_windows",
+    "film_every",
+    "log_every",
+)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A configuration as JSON values, without what a run may change when it goes on."""
-    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return {name: value for name, value in described.items() if name not in _FREE}
+    values = described(dataclasses.asdict(config))
+    return {name: value for name, value in values.items() if name not in _FREE}
 
 
 def adamw(
@@ -274,17 +291,25 @@ def warmup_constant(step: int, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(1, warmup))
 
 
-def check_finite(value: Tensor, name: str, step: int) -> None:
+def check_finite(
+    value: Tensor,
+    name: str,
+    step: int,
+    remedy: str = "lower learning_rate, or train with bfloat16=False",
+) -> None:
     """Stops a run that diverges.
+
+    Args:
+        value: A single number.
+        name: What it is.
+        step: Optimizer steps done.
+        remedy: What to do about it.
 
     Raises:
         FloatingPointError: The value is NaN or infinite.
     """
     if not torch.isfinite(value):
-        raise FloatingPointError(
-            f"the {name} of step {step} is {float(value.detach())}; lower learning_rate, or train "
-            "with bfloat16=False"
-        )
+        raise FloatingPointError(f"the {name} of step {step} is {float(value.detach())}; {remedy}")
 
 
 def check_validation_states(states: Sequence[int]) -> None:
@@ -331,12 +356,15 @@ def split_caches(
         return not info.held_out and not info.validates(validation_states) and accepts(info)
 
     parts = {"train": trains, "validation": validates}
+    episodes = [info for dataset in datasets for info in dataset.episodes if accepts(info)]
     for name, chosen in parts.items():
-        if not any(chosen(info) for dataset in datasets for info in dataset.episodes):
+        if not any(map(chosen, episodes)):
+            states = sorted({info.init_state_id for info in episodes if not info.held_out})
             raise ValueError(
                 f"{[str(path) for path in data]} have no episode for {name} with "
-                f"validation_states={tuple(validation_states)} and 40-49 held out (every tenth "
-                "episode each where initial states are unknown)"
+                f"validation_states={tuple(validation_states)}: initial states that may be chosen "
+                f"are {states}, some to train on and some to validate on; 40-49 are held out "
+                "(where initial states are unknown, -1, every tenth episode validates)"
             )
     if here.main:
         for name, chosen in parts.items():
@@ -352,15 +380,49 @@ def split_caches(
     return opened[0], opened[1]
 
 
+class Timer:
+    """Seconds by phase, with the work that a GPU still has to do counted where it was given.
+
+    Args:
+        device: Where the work is done.
+
+    Attributes:
+        seconds: Since the last `read`, by name of the phase and `_s`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time of a block to a phase."""
+        began = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        name = f"{phase}_s"
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far, which then start at 0 again."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
 class Log:
     """Figures to `log.jsonl`, to TensorBoard where it is installed, and a progress bar on stderr.
 
     Args:
         folder: Folder of the run.
-        step: Goes on after this step; what a killed run logged beyond it is dropped.
+        step: Goes on after this step; what a killed run logged beyond it is dropped, at step 0
+            everything.
         steps: Steps of the whole run.
         here: The processes of the run; only the main one writes.
         progress: Show a progress bar.
+
+    Raises:
+        ValueError: A line of an earlier log is damaged.
     """
 
     def __init__(
@@ -372,8 +434,8 @@ class Log:
         if not here.main:
             return
         path = folder / "log.jsonl"
-        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
+        kept = [entry for entry in json_lines(path) if entry.get("step", 0) <= step] if step else []
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmgym.colour import contrasted, saturated, turned_hue
-from wmgym_agents.noise import Source, rows
+from wmgym_agents.randomness import Source, rows
 
 CROP_AREA = 0.9
 BRIGHTNESS = 0.2

@@ -13,7 +13,8 @@ chain with Gaussian steps whose log-density is exact. Two ways:
 
 With `modes=m` the noise of a step is smooth over the chunk: only the first `m` cosines of its `T`
 steps (DCT-II) are disturbed, and a chain's density is that of these `m x 7` coefficients. White
-noise mostly jitters, which the world hardly shows; two modes push a chunk aside and bend it.
+noise mostly jitters, which the world hardly shows; two modes push a chunk aside and bend it. A step
+of `flow_sde` then no longer has the marginals of the flow: its drift makes up for white noise.
 
 `_distribution` is the one place that says what a step does; `sample` and `log_prob` both call it,
 in float32. The density of the first noise does not depend on the policy and is left out.
@@ -23,19 +24,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from wmgym.settings import check_numbers
 from wmgym.spaces import ACTION_DIM
 from wmgym_agents.flow_head import FlowHead
-from wmgym_agents.noise import Source, rows
+from wmgym_agents.randomness import Source, rows
 
-Noise = Literal["none", "sigma_net", "noise_head", "flow_sde"]
-NOISES: tuple[Noise, ...] = ("sigma_net", "noise_head", "flow_sde")
-"""Those under which a chain has a likelihood."""
+StochasticNoise = Literal["sigma_net", "noise_head", "flow_sde"]
+"""Where a chain can be random, so that it has a likelihood."""
+Noise = Literal["none", StochasticNoise]
+NOISES: tuple[StochasticNoise, ...] = get_args(StochasticNoise)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class ChainConfig:
     modes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.noise not in ("none", *NOISES):
+            raise ValueError(f"noise={self.noise!r}: allowed are 'none' and {NOISES}")
+        check_numbers(self, ">= 1", "steps")
+        check_numbers(self, "> 0", "sde_level")
         if self.noise == "flow_sde" and self.steps < 2:
             raise ValueError(f"steps={self.steps}: flow_sde needs 2 or more")
         if self.modes is not None and self.modes < 1:
@@ -152,7 +159,12 @@ def sample(
 
     Returns:
         `B * G` chains, those of an observation in a row.
+
+    Raises:
+        ValueError: A group of none.
     """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size}: must be >= 1")
     shape = (group_size, config.steps + 1, head.config.chunk, ACTION_DIM)
     noise = rows(torch.randn, len(context), shape, generator).flatten(0, 1).to(context.device)
     count = len(noise)

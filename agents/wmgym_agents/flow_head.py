@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.settings import check_numbers
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 
 _TIME_FREQUENCIES = 128
@@ -54,6 +55,13 @@ class HeadConfig:
     heads: int = 8
     dropout: float = 0.1
     sigma: tuple[float, float] = (0.08, 0.20)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ">= 1", "chunk", "context", "embed", "width", "depth", "heads")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be >= 0 and < 1")
+        if not 0 < self.sigma[0] < self.sigma[1] < math.inf:
+            raise ValueError(f"sigma={self.sigma}: must be finite and 0 < smallest < largest")
 
 
 def _serve(rows: Tensor, count: int) -> Tensor:

@@ -17,6 +17,7 @@ et al. 2020, which bounds what a single bad chunk can do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,9 +58,20 @@ def group_advantages(rewards: Tensor, kind: Advantage) -> Tensor:
     raise ValueError(f"advantage={kind!r}: allowed are mean_std, mean, batch_std, rloo")
 
 
+def rewards_to_go(rewards: Tensor) -> Tensor:
+    """What a chunk can still change: rewards `(C, B, G)` from it to the end, over all `C` chunks.
+
+    Of the first chunk this is the mean reward of the rollout.
+    """
+    return rewards.flip(0).cumsum(0).flip(0) / len(rewards)
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """Bounds of the policy loss.
+
+    A ratio is 1 until the policy has moved from the one that drew, so bounds only act in the second
+    and later optimizer steps on a batch (`epochs` > 1).
 
     Attributes:
         ratio: Whether the probability ratio is that of every number or that of the chunk.
@@ -74,11 +86,13 @@ class ClipConfig:
     dual: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.low < 1 and self.high > 0 and self.dual > 1):
+        if not (0 < self.low < 1 and 0 < self.high < math.inf and 1 < self.dual < math.inf):
             raise ValueError(
                 f"low={self.low}, high={self.high}, dual={self.dual}: allowed are 0 < low < 1, "
-                "high > 0, dual > 1"
+                "high > 0, dual > 1, all finite"
             )
+        if self.ratio not in ("dimension", "chunk"):
+            raise ValueError(f"ratio={self.ratio!r}: allowed are 'dimension' and 'chunk'")
 
 
 def policy_loss(
@@ -93,8 +107,8 @@ def policy_loss(
         clip: Bounds.
 
     Returns:
-        The loss, a mean over everything, and detached figures: `ratio` (mean), `ratio_error`
-        (largest distance to 1), `clip_fraction`, `kl` (mean of `old - new`).
+        The loss, and detached figures: `ratio`, `ratio_error` (largest distance to 1 in a chunk),
+        `clip_fraction`, `kl` (`old - new`). All are means over the chunks.
     """
     difference = new - old
     if clip.ratio == "chunk":
@@ -107,7 +121,7 @@ def policy_loss(
     loss = torch.where(weight < 0, torch.minimum(worse, -weight * clip.dual), worse)
     figures = {
         "ratio": ratio.mean(),
-        "ratio_error": (ratio - 1).abs().max(),
+        "ratio_error": (ratio - 1).abs().amax(dim=(1, 2)).mean(),
         "clip_fraction": (clipped > plain).float().mean(),
         "kl": (old - new).mean(),
     }

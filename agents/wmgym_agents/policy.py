@@ -17,6 +17,7 @@ An observation is a dict with `image` uint8 `(B, H, W, 3)`, `proprio` float `(B,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ from wmgym_agents.augment import center_crop
 from wmgym_agents.chain import Chain, ChainConfig, log_prob, sample
 from wmgym_agents.encoder import EncoderConfig, SmallEncoder
 from wmgym_agents.flow_head import FlowHead, HeadConfig
-from wmgym_agents.noise import Source, rows
+from wmgym_agents.randomness import Source, rows
 from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 FAMILY = "wmgym-flow-vla"
@@ -141,13 +142,20 @@ class _Scale(nn.Module):
 class FlowVLA(nn.Module):
     """The policy.
 
+    It can be evaluated as it is: `reset` begins an episode, `act` answers an observation. What is
+    random comes from a generator that is given, or else from the one that `reset` made.
+
     Args:
         config: Its shape.
         statistics: Of the demonstrations it learns from.
+
+    Attributes:
+        generator: Made by `reset`, None before; the only state that acting changes.
     """
 
     def __init__(self, config: PolicyConfig, statistics: Statistics) -> None:
         super().__init__()
+        self.generator: torch.Generator | None = None
         self.config, self.statistics = config, statistics
         self.encoder = _encoder(config.encoder)
         self.head = FlowHead(config.head)
@@ -160,11 +168,16 @@ class FlowVLA(nn.Module):
         """Where the weights are."""
         return self.head.action_head.temp_embed.device
 
+    def reset(self, seed: int) -> None:
+        """Begins an episode: `act` without a generator draws from this seed on."""
+        self.generator = torch.Generator().manual_seed(seed)
+
     def encode(self, observation: Observation) -> Encoded:
         """Tokens and normalised proprioception of `B` observations.
 
         Raises:
-            ValueError: A shape or the number of instructions is wrong.
+            ValueError: A shape or the number of instructions is wrong, or proprioception is NaN or
+                infinite.
         """
         image = torch.as_tensor(observation["image"], device=self.device)
         proprio = torch.as_tensor(observation["proprio"], device=self.device).float()
@@ -180,6 +193,8 @@ class FlowVLA(nn.Module):
             raise ValueError(
                 f"proprio has shape {tuple(proprio.shape)}, expected ({len(image)}, {PROPRIO_DIM})"
             )
+        if not torch.isfinite(proprio).all():
+            raise ValueError("proprio has NaN or infinity: all of it must be finite")
         if isinstance(instruction, str) or len(instruction) != len(image):
             raise ValueError(f"instruction must be a sequence of {len(image)} sentences")
         pixels = self.resized(image.movedim(-1, 1).float() / 255)
@@ -235,17 +250,27 @@ class FlowVLA(nn.Module):
     def act(
         self,
         observation: Observation | Encoded,
-        generator: Source,
+        generator: Source | None = None,
         temperature: float = 1.0,
     ) -> NDArray[np.float32]:
         """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment.
 
         Args:
             observation: `B` observations, or what `encode` made of them.
-            generator: Source of the first noise of every observation.
+            generator: Source of the first noise of every observation; None goes on with the
+                policy's own, which `reset` made.
             temperature: Size of the first noise: 1 draws from the flow as it was trained, 0 always
                 returns the chunk at its centre.
+
+        Raises:
+            ValueError: No generator and no `reset` before, a temperature that is negative or not
+                finite, or an observation that `encode` refuses.
         """
+        generator = self.generator if generator is None else generator
+        if generator is None:
+            raise ValueError("nothing to draw from: call reset(seed) first, or give a generator")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: must be finite and >= 0")
         seen = self._encoded(observation)
         shape = (self.config.head.chunk, ACTION_DIM)
         first = temperature * rows(torch.randn, len(seen.tokens), shape, generator)
@@ -291,9 +316,14 @@ class FlowVLA(nn.Module):
 
     def executed(self, actions: Tensor) -> Tensor:
         """Normalised chunks `(..., 7)` for the environment, the gripper open or closed."""
-        raw = self.action_scale.from_unit(actions).clamp(-1, 1)
+        raw = self.action_scale.from_unit(actions)
         gripper = torch.where(raw[..., ACTION_DIM - 1 :] > 0, 1.0, -1.0)
-        return torch.cat([raw[..., : ACTION_DIM - 1], gripper], dim=-1)
+        return torch.cat([raw[..., : ACTION_DIM - 1].clamp(-1, 1), gripper], dim=-1)
+
+    def clipped(self, actions: Tensor) -> Tensor:
+        """Share of the numbers of normalised chunks that `executed` clips, gripper left out."""
+        raw = self.action_scale.from_unit(actions)[..., : ACTION_DIM - 1]
+        return (raw.abs() > 1).float().mean()
 
     def _encoded(self, observation: Observation | Encoded) -> Encoded:
         return observation if isinstance(observation, Encoded) else self.encode(observation)
@@ -328,6 +358,11 @@ class FlowVLA(nn.Module):
             CheckpointError: There is no such policy, or its files are damaged or foreign.
         """
         folder = model_folder("policy", policy)
+        if any(folder.glob("action_head*checkpoint*")):
+            raise CheckpointError(
+                f"{folder} has files of the released VLA-RFT: `wmgym import-policy {folder} OUT` "
+                "makes a policy of them"
+            )
         document = read_config(folder, "policy", FAMILY)
         kind = document.get("encoder", "small")
         if kind not in _KINDS:

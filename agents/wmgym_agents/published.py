@@ -46,13 +46,16 @@ _OUTPUT_LAYER = "language_model.lm_head.weight"
 
 
 def load_published(
-    folder: str | Path, suite: str, config: PolicyConfig = PRESETS["vla-adapter"]
+    folder: str | Path, suite: str | None = None, config: PolicyConfig = PRESETS["vla-adapter"]
 ) -> FlowVLA:
     """A policy out of a published folder, on the CPU, in evaluation mode.
 
+    `wmgym import-policy` saves it as a folder that `FlowVLA.from_pretrained` loads.
+
     Args:
         folder: The folder, tokenizer included.
-        suite: Whose statistics to use, such as "libero_object_no_noops".
+        suite: Whose statistics to use, such as "libero_object_no_noops"; None if the folder has
+            those of one only.
         config: Shape of the policy; its tokenizer is replaced by the folder's.
 
     Raises:
@@ -65,7 +68,9 @@ def load_published(
     try:
         statistics = Statistics.load(folder / STATISTICS, suite)
     except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATISTICS} has no suite {suite!r}: {error}") from None
+        raise CheckpointError(
+            f"{folder / STATISTICS} has no statistics for suite={suite!r}: {error}"
+        ) from None
     encoder = dataclasses.replace(config.encoder, tokenizer=str(folder), download=False)
     with torch.random.fork_rng(devices=[]):
         policy = FlowVLA(dataclasses.replace(config, encoder=encoder), statistics)

@@ -10,10 +10,13 @@ goes on to the same numbers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from wmgym.data import FrameCache, WindowSampler, open_dataset
 from wmgym.data.episodes import EpisodeInfo
 from wmgym.data.statistics import Statistics
 from wmgym.distributed import Processes, processes
+from wmgym.settings import check_numbers
 from wmgym.training import (
     Log,
     Run,
@@ -37,8 +41,13 @@ from wmgym.training import (
     warmup_cosine,
 )
 from wmgym_agents.augment import random_view
+from wmgym_agents.policy import PRESETS as SHAPES
 from wmgym_agents.policy import FlowVLA, PolicyConfig
+from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
 PolicyRun = Run[FlowVLA]
 
 
@@ -50,8 +59,11 @@ class SFTConfig:
         data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the policy in `policy/`.
         policy: Shape of the policy.
-        init_from: Policy to go on from (shipped name or folder) instead of random weights; its
-            shape and statistics replace those of `policy` and `data`.
+        init_from: Policy to go on from (shipped name or folder) instead of random weights; shape
+            and statistics are then its own, not `policy` and those of `data`.
+        pretrained: Whether the backbone of `vla-adapter` starts from the weights that DINOv2,
+            SigLIP and Qwen2.5 were published with, downloaded where they are missing, instead of
+            random ones. None: it does, where there is such a backbone and no `init_from`.
         steps: Optimizer steps.
         batch_size: Observations per step, over all processes.
         draws: Flow times and noises per observation, which share its encoding.
@@ -73,6 +85,7 @@ class SFTConfig:
     out: Path
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     init_from: str | None = None
+    pretrained: bool | None = None
     steps: int = 10_000
     batch_size: int = 64
     draws: int = 4
@@ -92,10 +105,31 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data is empty: name at least one dataset folder")
-        counts = (self.steps, self.batch_size, self.draws, self.save_every, self.validate_every)
-        if min(counts) < 1:
-            raise ValueError("steps, batch_size, draws, save_every and validate_every must be >= 1")
+        check_numbers(self, ">= 1", "steps", "batch_size", "draws", "save_every")
+        check_numbers(self, ">= 1", "validate_every", "validation_windows")
+        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
+        check_numbers(self, "> 0", "learning_rate", "clip")
+        if self.ema >= 1:
+            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        if self.init_from is not None and self.policy not in SHAPES.values():
+            raise ValueError(
+                f"init_from={self.init_from!r} brings a shape of its own: leave out policy.*"
+            )
+        has_backbone = isinstance(self.policy.encoder, VLAAdapterConfig)
+        if self.pretrained and (self.init_from is not None or not has_backbone):
+            raise ValueError(
+                "pretrained=True: only the backbone of vla-adapter has published weights, and "
+                "init_from brings its own; leave one of them out"
+            )
         check_validation_states(self.validation_states)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "vla-adapter": {"policy": SHAPES["vla-adapter"], "learning_rate": 2e-5},
+}
+"""Defaults by name. All of `vla-adapter` is trained, at OpenVLA's rate for whole models (Kim et al.
+2024, arXiv 2406.09246); VLA-Adapter's own 2e-4 is one for low-rank adapters."""
 
 
 def usable(info: EpisodeInfo) -> bool:
@@ -148,11 +182,7 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
         if config.init_from is not None:
             model = FlowVLA.from_pretrained(config.init_from)
         else:
-            statistics = Statistics.of(
-                [open_dataset(path) for path in config.data],
-                lambda info: usable(info) and not info.held_out,
-            )
-            model = FlowVLA(config.policy, statistics)
+            model = _new_model(config)
         average = FlowVLA(model.config, model.statistics)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
@@ -163,6 +193,23 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
     return Run(
         model, average, adamw(model, config.learning_rate, config.weight_decay), settings_of(config)
     )
+
+
+def _new_model(config: SFTConfig) -> FlowVLA:
+    statistics = Statistics.of(
+        [open_dataset(path) for path in config.data],
+        lambda info: usable(info) and not info.held_out,
+    )
+    shape = config.policy
+    if config.pretrained is False or not isinstance(shape.encoder, VLAAdapterConfig):
+        return FlowVLA(shape, statistics)
+    encoder = dataclasses.replace(shape.encoder, download=True)
+    model = FlowVLA(dataclasses.replace(shape, encoder=encoder), statistics)
+    assert isinstance(model.encoder, VLAAdapterEncoder)
+    if not (config.out / CHECKPOINT).exists():
+        logger.info("loading the published weights of the backbone")
+        model.encoder.load_pretrained()
+    return model
 
 
 @torch.no_grad()
@@ -201,10 +248,14 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
         DatasetError: A dataset's files are damaged.
         ValueError: The data have no episode to train on, or none to validate on.
         FloatingPointError: Loss or gradient is not finite.
+        OSError: A file cannot be written.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as here, contextlib.ExitStack() as opened:
-        run = new_run(config, here.device)
+        if here.main:
+            logger.info("preparing policy and demonstrations")
+        run, checkpoint = new_run(config, here.device), config.out / CHECKPOINT
+        run.resume(checkpoint, here.device)
         encoder = run.model.config.encoder
         train_cache, validation_cache = split_caches(
             config.data,
@@ -215,8 +266,6 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             progress=progress,
             accepts=usable,
         )
-        checkpoint = config.out / "checkpoint.pt"
-        run.resume(checkpoint, here.device)
         objective: nn.Module = _Objective(run.model, config.draws)
         if here.size > 1:
             objective = DistributedDataParallel(objective)
@@ -230,7 +279,7 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             figures = _step(run, objective, examples, config, here)
             log.advance(loss=figures["flow_loss"])
             step, last = run.step, run.step == config.steps
-            if step % 50 == 0 or step == 1:
+            if step % 50 == 0 or step == 1 or last:
                 log.write(step, "train", figures | {"seconds": time.monotonic() - began})
             if here.main and (step % config.validate_every == 0 or last):
                 scores = validate(run.kept, held, config)

@@ -24,14 +24,16 @@ batch may differ in length: what follows the queries of a shorter one is read by
 
 Differences from the published code: weights are in float32 (use autocast for bfloat16), and the
 last blocks of the vision transformers, whose weights are in the published files, are not run.
-`transformers` and `timm` are the extra `vla`; networks are built from their sizes, and nothing is
-downloaded unless `VLAAdapterConfig.download` says so.
+`transformers` and `timm` are the extra `vla`; networks are built from their sizes, with random
+weights, and nothing is downloaded unless `VLAAdapterConfig.download` says so. To start from weights
+that were trained before there are `VLAAdapterEncoder.load_pretrained` and `wmgym_agents.published`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmgym.checkpoints import CheckpointError
+from wmgym.checkpoints import CheckpointError, check_fit
 from wmgym.extras import MissingExtraError, require
 
 PROMPT = (
@@ -118,8 +120,8 @@ class VLAAdapterConfig:
         language: The language model.
         queries: Learned queries at the end of the sequence.
         tokenizer: Folder with the tokenizer's files, or its name on the Hugging Face hub. A saved
-            policy has its own copy.
-        download: May the tokenizer be downloaded? Otherwise a name is looked up in the local cache.
+            policy has its own copy. `load_pretrained` finds the language model there, too.
+        download: May they be downloaded? Otherwise a name is looked up in the local cache.
     """
 
     image_size: int = 224
@@ -155,15 +157,7 @@ class _Eye(nn.Module):
 
     def __init__(self, config: VisionConfig, image_size: int) -> None:
         super().__init__()
-        self.vit: Any = _timm().create_model(
-            config.name,
-            pretrained=False,
-            num_classes=0,
-            img_size=image_size,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.heads,
-        )
+        self.vit = _vision_transformer(config, image_size)
         self.read = config.depth - 2
         after = [self.vit.blocks[-1], self.vit.norm, self.vit.attn_pool]
         for module in after:
@@ -225,6 +219,25 @@ class VLAAdapterEncoder(nn.Module):
         nn.init.zeros_(self.action_queries.weight)
         self._tokenizer: Any = None
 
+    def load_pretrained(self) -> None:
+        """Fills vision transformers and language model with the weights they were published with.
+
+        Those of the former come from timm. Projector and queries stay as they are.
+
+        Raises:
+            CheckpointError: Weights can neither be found nor downloaded, or do not fit the shape.
+        """
+        config = self.config
+        for shape, vit in ((config.dino, self.dino.vit), (config.siglip, self.siglip.vit)):
+            make = partial(_vision_transformer, shape, config.image_size, pretrained=True)
+            _fill(vit, make, shape.name)
+        load = partial(
+            require("transformers", "vla").Qwen2Model.from_pretrained,
+            config.tokenizer,
+            local_files_only=not config.download,
+        )
+        _fill(self.language, load, config.tokenizer)
+
     def tokenizer(self) -> Any:
         """The tokenizer, loaded by the first call.
 
@@ -281,6 +294,33 @@ def _timm() -> Any:
             f"timm needs a torchvision that fits torch {torch.__version__}: install the one of the "
             "same build, from the same index as torch"
         ) from error
+
+
+def _vision_transformer(config: VisionConfig, image_size: int, *, pretrained: bool = False) -> Any:
+    return _timm().create_model(
+        config.name,
+        pretrained=pretrained,
+        num_classes=0,
+        img_size=image_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+    )
+
+
+def _fill(network: nn.Module, load: Callable[[], nn.Module], name: str) -> None:
+    """Fills a network with the weights of one that is loaded."""
+    try:
+        weights = load().state_dict()
+    except Exception as error:  # a missing network ends in many
+        reason = f"{error}".partition("\n")[0]
+        raise CheckpointError(
+            f"the published weights of {name} cannot be loaded ({reason}): load them once where "
+            "there is a network, go on from a policy (init_from), or train from random weights "
+            "(pretrained=False)"
+        ) from None
+    check_fit(network.state_dict(), weights, f"the published weights of {name}")
+    network.load_state_dict(weights)
 
 
 def _language_model(config: LanguageConfig) -> nn.Module:

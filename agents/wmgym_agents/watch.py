@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.data.video import encode
+from wmgym.envs.scoring import RewardInputs
+from wmgym.envs.starts import Start
 from wmgym.envs.vector import WorldModelVectorEnv
-from wmgym.spaces import CONTROL_HZ
-from wmgym.worlds.film import stacked
+from wmgym.recording import StepFrames, StepPicture, VideoWriter
 from wmgym_agents.policy import FlowVLA, Observation
 
 _SEED = 0
 _STARTS = 32
 _FILMED = 4
+_FPS = 4
+_HELD = 6
+"""Pictures for which the last one of a film stays."""
 
 
 def observation(seen: dict[str, Any], info: dict[str, Any], every: int = 1) -> Observation:
@@ -31,8 +35,24 @@ def observation(seen: dict[str, Any], info: dict[str, Any], every: int = 1) -> O
     }
 
 
+def check_lengths(envs: WorldModelVectorEnv, chunks: int) -> None:
+    """Checks that the recorded episodes go on for as long as the policy is to act.
+
+    Raises:
+        ValueError: An episode ends before the last chunk begins.
+    """
+    chunk, _ = envs.single_action_space.shape
+    for start in envs.starts:
+        if start.steps <= (chunks - 1) * chunk:
+            raise ValueError(
+                f"chunks={chunks}: episode {start.info.episode_id} of {start.info.length} steps "
+                f"ends {start.steps} steps after the start at {start.frame_index}, before the last "
+                f"chunk of {chunk} begins; take fewer chunks, or earlier starts"
+            )
+
+
 class Watch:
-    """The same starts again and again.
+    """The same starts again and again: of held-out demonstrations, or of all if none is held out.
 
     Args:
         policy: The policy before training.
@@ -41,8 +61,12 @@ class Watch:
     """
 
     def __init__(self, policy: FlowVLA, chunks: int, **env_kwargs: Any) -> None:
-        self._chunks, self._env_kwargs = chunks, env_kwargs
-        self._envs = WorldModelVectorEnv(_STARTS, **env_kwargs)
+        self._chunks, self._env_kwargs = chunks, env_kwargs | {"split": "held_out"}
+        try:
+            self._envs = WorldModelVectorEnv(_STARTS, **self._env_kwargs)
+        except ValueError:  # none is held out: those that training uses were accepted before
+            self._env_kwargs = env_kwargs
+            self._envs = WorldModelVectorEnv(_STARTS, **self._env_kwargs)
         self._before = self._play(policy, self._envs)[0]
 
     @torch.no_grad()
@@ -59,7 +83,7 @@ class Watch:
 
     @torch.no_grad()
     def film(self, policy: FlowVLA, path: Path) -> None:
-        """Writes an mp4: per start one row, policy | reference actions | absolute difference.
+        """Writes an mp4 of four rollouts: policy, reference actions, and difference.
 
         Args:
             policy: Who acts.
@@ -67,32 +91,59 @@ class Watch:
         """
         kwargs = self._env_kwargs | {"reward": "R3", "reward_every": 1, "cache_mb": 0}
         with contextlib.closing(WorldModelVectorEnv(_FILMED, **kwargs)) as envs:
-            both = self._play(policy, envs)[2].cpu()
-        acted, reference = both.chunk(2, dim=-1)
-        part = path.with_name(path.name + ".part.mp4")
-        encode(part, stacked(torch.cat([both, (acted - reference).abs()], dim=-1)), CONTROL_HZ)
-        part.replace(path)
+            _, rewards, steps = self._play(policy, envs)
+            tapes = [_pictures(envs.starts[row], row, steps, rewards) for row in range(_FILMED)]
+        with VideoWriter(path, _FPS) as video:
+            for number in range(max(map(len, tapes)) + _HELD):
+                video.write(_grid([tape[min(number, len(tape) - 1)] for tape in tapes]))
 
     def _play(
         self, policy: FlowVLA, envs: WorldModelVectorEnv
-    ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
-        """First chunks `(n, T, 7)`, rewards `(chunks, n)`, frames beside the reference's, if any.
-
-        The last are `(n, chunks F, 3, H, 2 W)`.
-        """
+    ) -> tuple[NDArray[np.float32], Tensor, list[RewardInputs]]:
+        """First chunks `(n, T, 7)`, rewards `(chunks, n)`, and what these were computed from."""
         generator = torch.Generator().manual_seed(_SEED)
         seen, info = envs.reset(seed=_SEED)
-        chunks, rewards, frames = [], [], []
+        check_lengths(envs, self._chunks)
+        chunks, rewards, steps = [], [], []
         for _ in range(self._chunks):
             chunks.append(policy.act(observation(seen, info), generator))
             seen, reward, _, _, info = envs.step(chunks[-1])
             rewards.append(reward)
-            step = envs.last_step
-            if step is not None and step.reference_frames is not None:
-                frames.append(torch.cat([step.frames, step.reference_frames], dim=-1).float())
-        shown = torch.cat(frames, dim=1) if frames else torch.empty(0)
-        return chunks[0], torch.stack(rewards), shown
+            assert envs.last_step is not None
+            steps.append(envs.last_step)
+        return chunks[0], torch.stack(rewards), steps
 
     def close(self) -> None:
         """Frees the environments."""
         self._envs.close()
+
+
+def _pictures(
+    start: Start, row: int, steps: list[RewardInputs], rewards: Tensor
+) -> list[NDArray[np.uint8]]:
+    """A picture of the start of a rollout, and one of each of its control steps."""
+    image, info = start.context_images[-1], start.info
+    frames, trace = [StepFrames(0, image, image)], []
+    for inputs, reward in zip(steps, rewards[:, row].tolist(), strict=True):
+        assert inputs.reference_frames is not None
+        for t in range(int(inputs.valid[row].sum())):
+            acted, reference = inputs.frames[row, t], inputs.reference_frames[row, t]
+            trace.append(reward)
+            frames.append(StepFrames(len(trace), _image(acted), _image(reference)))
+    detail = f"task {info.task_id} · episode {info.episode_id} · from frame {start.frame_index}"
+    picture = StepPicture(info.instruction, detail, frames[0], len(trace))
+    return [picture.compose(each, trace[: each.step], {}) for each in frames]
+
+
+def _image(frame: Tensor) -> NDArray[np.uint8]:
+    """`(3, H, W)` in [0, 1] as `(H, W, 3)` uint8."""
+    return (frame.float() * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).cpu().numpy()
+
+
+def _grid(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures two by two, with white below those that are lower than others."""
+    height = max(len(picture) for picture in pictures)
+    padded = [
+        np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures
+    ]
+    return np.concatenate([np.concatenate(padded[i : i + 2], 1) for i in range(0, len(padded), 2)])

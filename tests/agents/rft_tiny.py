@@ -14,6 +14,8 @@ from toy import ToyDataset, ToyWorld
 from wmgym_agents.grpo import GRPO, GRPOConfig, grpo
 
 STEPS = 4
+STARTS = 6
+"""Parts of 2 starts divide those of one process, not those of two."""
 
 
 def config(policy: Path, out: Path, **changes) -> GRPOConfig:
@@ -55,7 +57,7 @@ def main() -> None:
             return figures
 
         GRPO.step = slow_step
-    grpo(config(Path(policy), Path(out)), progress=False, **toy())
+    grpo(config(Path(policy), Path(out), starts=STARTS), progress=False, **toy())
 
 
 if __name__ == "__main__":

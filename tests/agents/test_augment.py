@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 
 import torch
-from wmgym_agents.augment import center_crop, random_view
+from wmgym_agents.augment import HUE, center_crop, random_view
 
 from wmgym.colour import turned_hue
 
@@ -34,9 +34,14 @@ def test_views_differ_by_row_and_repeat_with_the_generator():
 
 
 def test_hue_is_turned_and_grey_stays_grey():
-    colour = torch.tensor([0.8, 0.3, 0.2])
-    turned = turned_hue(colour.view(1, 3, 1, 1), torch.tensor([2 * torch.pi / 3]))
-    before, after = colorsys.rgb_to_hsv(*colour), colorsys.rgb_to_hsv(*turned.flatten())
-    assert abs(abs(after[0] - before[0]) % 1 - 1 / 3) < 0.1 or abs(after[0] - before[0]) > 0.5
+    grey_of = torch.tensor([0.299, 0.587, 0.114])
+    for colour in torch.tensor([[0.8, 0.3, 0.2], [0.3, 0.7, 0.4], [0.35, 0.4, 0.75]]):
+        for share in (HUE, -HUE):
+            angle = torch.tensor([2 * torch.pi * share])
+            turned = turned_hue(colour.view(1, 3, 1, 1), angle).flatten()
+            hues = [colorsys.rgb_to_hsv(*each.tolist())[0] for each in (colour, turned)]
+            moved = (hues[0] - hues[1] + 0.5) % 1 - 0.5
+            assert 0.6 * HUE < moved / share * HUE < 1.6 * HUE  # circles of YIQ and HSV differ
+            assert abs(turned @ grey_of - colour @ grey_of) < 1e-3
     grey = torch.full((1, 3, 2, 2), 0.4)
     torch.testing.assert_close(turned_hue(grey, torch.tensor([1.0])), grey, atol=2e-3, rtol=0)

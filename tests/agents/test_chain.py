@@ -151,3 +151,18 @@ def test_without_noise_there_is_no_likelihood():
         log_prob(head, config, chain, context, proprio)
     with pytest.raises(ValueError, match="flow_sde needs 2 or more"):
         ChainConfig(steps=1, noise="flow_sde")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "steps=0: must be >= 1"),
+        ({"noise": "flow_sde", "sde_level": 0.0}, "sde_level=0.0: must be > 0"),
+        ({"noise": "white"}, "noise='white': allowed are"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        ChainConfig(**changes)
+    with pytest.raises(ValueError, match="group_size=0: must be >= 1"):
+        draw(ChainConfig(), group_size=0)

@@ -74,6 +74,12 @@ def inputs(rows, observations, seed=0, config=SMALL):
     )
 
 
+@pytest.mark.parametrize("sigma", [(0.2, 0.08), (0.0, 0.2), (0.1, float("inf"))])
+def test_bounds_that_do_not_fit_are_refused(sigma):
+    with pytest.raises(ValueError, match="0 < smallest < largest"):
+        HeadConfig(sigma=sigma)
+
+
 def test_the_published_size():
     with torch.device("meta"):
         head = FlowHead(HeadConfig())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 
 import imageio.v3 as iio
@@ -13,11 +15,12 @@ import torch
 from rft_tiny import config, toy
 from torch import nn
 from toy import SIZE, ToyDataset
-from wmgym_agents import grpo as module
 from wmgym_agents.chain import NOISES
 from wmgym_agents.encoder import EncoderConfig
 from wmgym_agents.grpo import GRPO, grpo
+from wmgym_agents.policy import CONFIG as CONFIG_FILE
 from wmgym_agents.policy import FlowVLA
+from wmgym_agents.watch import Watch
 
 from wmgym.checkpoints import CheckpointError
 from wmgym.distributed import Processes
@@ -58,18 +61,24 @@ def log(out, group="rft"):
     return [line for line in lines if line["group"] == group]
 
 
+LEFT = {1: {"flow_sde": 0.65}, 2: {"flow_sde": 0.8}}
+"""Share of the base's error that may be left; of learned noise, 0.4 in one chunk and 0.7 in two."""
+
+
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_it_finds_the_known_answer(noise, chunks, base, tmp_path):
     """From one start, the actions that count are the recorded ones, and only their first two."""
+    # the noise of flow_sde is as large as at first when little is left to learn
+    learned = noise != "flow_sde"
     settings = config(
         base,
         tmp_path,
-        steps=60 if noise == "flow_sde" else 120,
-        # its noise dies out with what is left to learn: divided by its spread, nothing else is left
-        advantage="mean" if noise == "flow_sde" else "mean_std",
-        starts=2,
-        members=16,
+        steps=80,
+        advantage="mean_std" if learned else "mean",
+        epochs=3 if learned else 1,
+        starts=1,
+        members=32 if learned else 64,
         chunks=chunks,
         noise=noise,
         entropy=0.0,
@@ -78,7 +87,7 @@ def test_it_finds_the_known_answer(noise, chunks, base, tmp_path):
     )
     folder = grpo(settings, progress=False, **toy(starts=one_start))
     rewards = [line["reward"] for line in log(tmp_path)]
-    assert np.mean(rewards[-20:]) > 0.9 * np.mean(rewards[:10])
+    assert np.mean(rewards[-20:]) > 0.8 * np.mean(rewards[:10])
     episode = ToyDataset().read(0)
     seen = {
         "image": episode.images[3:4],
@@ -93,7 +102,8 @@ def test_it_finds_the_known_answer(noise, chunks, base, tmp_path):
             for s in range(8)
         ]
         errors.append(np.mean([np.abs(np.cumsum(a[:, :2], 0) - target).mean() for a in acts]))
-    assert errors[1] < 0.8 * errors[0]
+    left = LEFT[chunks].get(noise, 0.4 if chunks == 1 else 0.7)
+    assert errors[1] < left * errors[0]
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -127,6 +137,50 @@ def test_a_killed_run_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
     assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4]
     with pytest.raises(CheckpointError, match="other settings: members was 4, is 8"):
         grpo(config(base, tmp_path / "parts", members=8), progress=False, **toy())
+    with pytest.raises(CheckpointError, match=r"settings: env_kwargs was .*'cache_mb': 1"):
+        grpo(config(base, tmp_path / "parts"), progress=False, **toy(cache_mb=1))
+    longer = config(base, tmp_path / "parts", steps=5, film_every=5)
+    grpo(longer, progress=False, **toy())
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5]
+    with pytest.raises(CheckpointError, match="steps was None, is 5; decay was False, is True"):
+        grpo(dataclasses.replace(longer, decay=True), progress=False, **toy())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(base, tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GRPO, "step", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            grpo(config(base, tmp_path), progress=False, **toy())
+        assert [line["step"] for line in log(tmp_path, "watch")] == [0]
+
+
+def pixels(inputs):
+    return -(inputs.frames - inputs.reference_frames).abs().mean(dim=(2, 3, 4))
+
+
+def colours(inputs):
+    return pixels(inputs)
+
+
+def test_a_reward_may_be_a_function_and_belongs_to_the_settings(base, tmp_path):
+    kwargs = toy()
+    del kwargs["reward_weights"]
+    settings = config(base, tmp_path / "a", reward=pixels, steps=2)
+    folder = grpo(settings, progress=False, **kwargs)
+    named = f"{pixels.__module__}:pixels"
+    assert json.loads((folder / CONFIG_FILE).read_text())["training"]["reward"] == named
+    with pytest.raises(CheckpointError, match=f"reward was '{named}', is '.*:colours'"):
+        grpo(dataclasses.replace(settings, reward=colours), progress=False, **kwargs)
+    by_name = dataclasses.replace(settings, out=tmp_path / "b", reward=named)
+    grpo(by_name, progress=False, **kwargs)
+    rewards = [[line["reward"] for line in log(tmp_path / out)] for out in "ab"]
+    assert rewards[0] == rewards[1]
+    missing = dataclasses.replace(by_name, out=tmp_path / "c", reward="toy:nothing")
+    with pytest.raises(ValueError, match="'toy:nothing' is no function"):
+        grpo(missing, progress=False, **kwargs)
 
 
 def test_shares_of_the_starts_make_up_the_whole(base, tmp_path):
@@ -136,7 +190,7 @@ def test_shares_of_the_starts_make_up_the_whole(base, tmp_path):
     for rank in range(2):
         share = GRPO(config(base, tmp_path), Processes(rank, 2, torch.device("cpu")), **toy())
         mine, part, _ = share.rollout()
-        torch.testing.assert_close(part, rewards[2 * rank : 2 * rank + 2], atol=1e-6, rtol=0)
+        torch.testing.assert_close(part, rewards[:, 2 * rank : 2 * rank + 2], atol=1e-6, rtol=0)
         rows = slice(8 * rank, 8 * rank + 8)
         torch.testing.assert_close(
             mine[0].chain.states, decisions[0].chain.states[rows], atol=1e-4, rtol=0
@@ -148,22 +202,126 @@ def test_what_is_imagined_is_filmed_from_the_same_starts(base, tmp_path):
     grpo(settings, progress=False, **toy())
     paths = sorted(tmp_path.glob("*.mp4"))
     assert [p.name for p in paths] == [f"imagined-00000{s}.mp4" for s in (0, 2, 4)]
-    videos = [iio.imread(path) for path in paths]
-    assert {video.shape for video in videos} == {(8, 4 * SIZE[0], 3 * SIZE[1], 3)}
-    recorded = slice(SIZE[1], 2 * SIZE[1])
-    np.testing.assert_allclose(videos[0][:, :, recorded], videos[2][:, :, recorded], atol=40)
+    assert iio.immeta(paths[0])["fps"] == 4
+    videos = [iio.imread(path).astype(int) for path in paths]
+    assert {len(video) for video in videos} == {1 + 8 + 6}
+    first, last = videos[0], videos[2]
+    assert np.abs(first[8] - first[-1]).max() < 30  # the last one is held
+    assert np.abs(first[8] - first[0]).max() > 100
+    size, gap = 6 * SIZE[0], 16
+    for left in (0, first.shape[2] // 2):  # two rollouts side by side, and two below them
+        policy, reference = (
+            np.abs(first[8] - last[8])[120:320, left + 30 + i * (size + gap) :][:, : size - 12]
+            for i in range(2)
+        )
+        assert policy.max() > 60
+        assert reference.max() < 40
 
 
-def test_micro_batches_change_nothing_but_memory(base, tmp_path):
-    updated = []
-    for micro in (1, 4):
-        settings = config(base, tmp_path, micro_starts=micro, imitation=0.0)
+def test_the_watch_looks_at_what_is_held_out_where_there_is_some(base):
+    policy = FlowVLA.from_pretrained(base)
+    kwargs = {"action_chunk": 4, "horizon": 4, "output": "torch", "autoreset_mode": "Disabled"}
+    for held_out in ((), (3,)):
+        watch = Watch(policy, 1, **kwargs, **toy(dataset=ToyDataset(held_out=held_out)))
+        seen = {start.info.episode_id for start in watch._envs.starts}
+        assert seen == (set(held_out) or {0, 1, 2, 3})
+        assert watch.figures(policy)["drift"] == 0
+        watch.close()
+
+
+def test_only_the_main_process_watches(base, tmp_path, monkeypatch):
+    module = importlib.import_module("wmgym_agents.grpo")
+
+    @contextlib.contextmanager
+    def second(device):
+        yield Processes(1, 2, torch.device(device))
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "processes", second)
+    monkeypatch.setattr(module, "Watch", None)
+    monkeypatch.setattr(GRPO, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        grpo(config(base, tmp_path), progress=False, **toy())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_micro_batches_change_nothing_but_memory(chunks, base, tmp_path):
+    """Nor does a number of starts that they do not divide."""
+    updated, figures = [], []
+    for micro in (5, 1, 2, 3):
+        settings = config(base, tmp_path, starts=5, micro_starts=micro, chunks=chunks)
         job = GRPO(settings, ALONE, **toy())
         decisions, rewards, _ = job.rollout()
-        job.update(decisions, job.advantages(rewards))
+        told, _ = job.update(decisions, job.advantages(rewards), job.rates(0))
+        figures.append(told)
         updated.append({n: p.grad for n, p in job.policy.named_parameters() if p.grad is not None})
-    for name, gradient in updated[0].items():
-        torch.testing.assert_close(gradient, updated[1][name], atol=1e-5, rtol=1e-3)
+    for gradients, told in zip(updated[1:], figures[1:], strict=True):
+        for name, gradient in updated[0].items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-3)
+        for name, value in figures[0].items():
+            torch.testing.assert_close(told[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_noise_is_not_warmed_up_and_everything_may_decay(base, tmp_path):
+    rates = {"learning_rate": 1e-6, "sigma_learning_rate": 1e-5, "warmup": 10}
+    constant = GRPO(config(base, tmp_path, **rates), ALONE, **toy())
+    for step in range(12):
+        told = constant.rates(step)
+        assert told.pop("sigma_net") == 1e-5
+        assert told.keys() == {"action_head", "noisy_action_projector", "proprio_projector"}
+        assert [*told.values()] == pytest.approx([1e-6 * min(1.0, (step + 1) / 10)] * 3)
+    falling = GRPO(config(base, tmp_path, steps=20, decay=True, **rates), ALONE, **toy())
+    for step in range(20):
+        told, before = falling.rates(step), constant.rates(step)
+        for name, rate in before.items():
+            assert told[name] == pytest.approx(rate * (1 - step / 20))
+
+
+def test_a_step_tells_what_happened_in_one_exchange(base, tmp_path, monkeypatch):
+    exchanged = []
+    mean = Processes.mean
+
+    def recorded(self, value):
+        exchanged.append(value)
+        return mean(self, value)
+
+    monkeypatch.setattr(Processes, "mean", recorded)
+    job = GRPO(config(base, tmp_path, warmup=4), ALONE, **toy())
+    job.run.step = 1  # the checks of the first step exchange on their own
+    figures = job.step()
+    weights = [w for m in job.modules.values() for w in m.parameters() if w.grad is not None]
+    assert len(exchanged) == len(weights) + 2  # gradients, rewards, figures
+    assert {value.dtype for value in exchanged} == {torch.float32}
+    low, high = job.policy.config.head.sigma
+    assert low < figures["sigma"] < high
+    assert 0 < figures["ratio_error"] < 1e-4
+    assert 0 <= figures["clipped"] < 0.5
+    assert figures["learning_rate_action_head"] == pytest.approx(1e-3 * 2 / 4)
+    assert figures["learning_rate_sigma_net"] == 1e-3
+    phases = [figures[f"{name}_s"] for name in ("encode", "sample", "imagine")]
+    assert min(phases) > 0
+    assert sum(phases) < figures["rollout_s"]
+    assert figures["update_s"] > 0
+    assert figures["term_mae"] > 0
+
+
+def test_a_chunk_of_a_closed_loop_is_judged_by_what_follows_it(base, tmp_path):
+    job = GRPO(config(base, tmp_path, chunks=2, advantage="mean"), ALONE, **toy())
+    rewards = torch.randn(2, 4, 4)
+    advantages = job.advantages(rewards)
+    for number, expected in enumerate((rewards.mean(dim=0), rewards[1] / 2)):
+        centred = expected - expected.mean(dim=1, keepdim=True)
+        torch.testing.assert_close(advantages[number], centred)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu(base, tmp_path):
+    grpo(config(base, tmp_path, steps=1, device="cuda"), progress=False, **toy())
+    assert log(tmp_path)[0]["reward"] < 0
 
 
 def test_several_epochs_move_the_ratio_away_from_one(base, tmp_path):
@@ -192,15 +350,45 @@ def test_a_first_step_that_cannot_teach_is_refused(base, tmp_path, monkeypatch):
                 block.cross_attn.dropout = 0.5
         return policy
 
-    monkeypatch.setattr(module.FlowVLA, "from_pretrained", careless)
+    monkeypatch.setattr(FlowVLA, "from_pretrained", careless)
     with pytest.raises(ValueError, match="ratio of the policy to itself is off"):
         grpo(config(base, tmp_path / "b"), progress=False, **toy())
 
 
-def test_settings_that_do_not_fit_are_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="members >= 2"):
-        config(base, tmp_path, members=1)
-    with pytest.raises(ValueError, match="noise='none'"):
-        config(base, tmp_path, noise="none")
+def test_a_policy_whose_actions_are_mostly_clipped_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlowVLA, "clipped", lambda self, actions: torch.tensor(0.7))
+    with pytest.raises(ValueError, match=r"70% of the policy's numbers are outside \[-1, 1\]"):
+        grpo(config(base, tmp_path), progress=False, **toy())
+
+
+def test_episodes_that_end_before_the_last_chunk_are_named(base, tmp_path):
+    short = toy(dataset=ToyDataset((20, 8)), starts=lambda rng, episodes: (1, 2))
+    with pytest.raises(ValueError, match="chunks=3: episode 1 of 8 steps ends 5 steps after"):
+        grpo(config(base, tmp_path, chunks=3), progress=False, **short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"members": 1}, "members=1: must be >= 2"),
+        ({"steps": 0}, "steps=0: must be >= 1"),
+        ({"noise": "none"}, "noise='none'"),
+        ({"reward": "R4"}, "reward='R4': allowed are R1, R2, R3, module:function"),
+        ({"imitation_gate": True}, "imitation_gate=True with epochs=1"),
+        ({"learning_rate": -1e-6}, "learning_rate=-1e-06: must be > 0"),
+        ({"sigma_learning_rate": float("nan")}, "sigma_learning_rate=nan: must be > 0"),
+        ({"max_norm": 0.0}, "max_norm=0.0: must be > 0"),
+        ({"warmup": -1}, "warmup=-1: must be >= 0"),
+        ({"film_every": -1}, "film_every=-1: must be >= 0"),
+        ({"save_every": 0}, "save_every=0: must be >= 1"),
+        ({"entropy": float("inf")}, "entropy=inf: must be >= 0 and finite"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(changes, said, base, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        config(base, tmp_path, **changes)
+
+
+def test_starts_are_shared_evenly(base, tmp_path):
     with pytest.raises(ValueError, match="starts=4 is not a multiple of the 3 processes"):
         GRPO(config(base, tmp_path), Processes(0, 3, torch.device("cpu")), **toy())

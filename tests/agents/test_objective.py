@@ -7,7 +7,13 @@ import statistics
 
 import pytest
 import torch
-from wmgym_agents.objective import ClipConfig, group_advantages, kl_gate, policy_loss
+from wmgym_agents.objective import (
+    ClipConfig,
+    group_advantages,
+    kl_gate,
+    policy_loss,
+    rewards_to_go,
+)
 
 REWARDS = [[-0.3, -0.1, -0.25, -0.1], [0.0, -1.0, -0.5, -0.2], [-0.4, -0.4, -0.4, -0.4]]
 
@@ -88,6 +94,18 @@ def test_bounds_are_checked():
         ClipConfig(low=1.5)
     with pytest.raises(ValueError, match=r"dual=0\.5"):
         ClipConfig(dual=0.5)
+    with pytest.raises(ValueError, match=r"high=inf.* all finite"):
+        ClipConfig(high=math.inf)
+    with pytest.raises(ValueError, match="ratio='number': allowed are"):
+        ClipConfig(ratio="number")
+
+
+def test_a_chunk_is_judged_by_what_comes_after_it():
+    rewards = torch.randn(3, 2, 4)
+    for number in range(3):
+        expected = sum(rewards[later] for later in range(number, 3)) / 3
+        torch.testing.assert_close(rewards_to_go(rewards)[number], expected)
+    torch.testing.assert_close(rewards_to_go(rewards)[0], rewards.mean(dim=0))
 
 
 def test_the_gate_opens_between_its_bounds():

@@ -93,6 +93,7 @@ def test_wrong_observations_are_refused():
         ("proprio", seen["proprio"][:, :7], r"expected \(3, 8\)"),
         ("instruction", "pick up the milk", "a sequence of 3 sentences"),
         ("instruction", ["pick up the milk"], "a sequence of 3 sentences"),
+        ("proprio", np.where(seen["proprio"] > 0, np.nan, 0), "NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=said):
             policy.encode({**seen, name: value})
@@ -129,6 +130,67 @@ def test_damaged_and_foreign_policies_are_refused(tmp_path):
         spoil(folder)
         with pytest.raises(CheckpointError, match=said):
             FlowVLA.from_pretrained(folder)
+
+
+def test_a_published_folder_names_the_command_that_imports_it(tmp_path):
+    (tmp_path / CONFIG).write_text('{"model_type": "openvla"}')
+    (tmp_path / "action_head--150000_checkpoint.pt").touch()
+    with pytest.raises(CheckpointError, match=f"`wmgym import-policy {tmp_path} OUT`"):
+        FlowVLA.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    policy = small.policy()
+    policy.save_pretrained(tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        policy.head.noise_head.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"head\.noise_head\.bias"):
+        policy.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+
+
+def test_an_episode_draws_from_the_seed_it_was_begun_with():
+    policy, seen = small.policy(), small.observation(1)
+    with pytest.raises(ValueError, match=r"call reset\(seed\) first"):
+        policy.act(seen)
+    episodes = []
+    for seed in (3, 4, 3):
+        policy.reset(seed)
+        episodes.append([policy.act(seen) for _ in range(2)])
+    np.testing.assert_array_equal(episodes[0], episodes[2])
+    assert not np.array_equal(episodes[0], episodes[1])
+    assert not np.array_equal(*episodes[0])
+    source = generator(3)
+    np.testing.assert_array_equal(episodes[0], [policy.act(seen, source) for _ in range(2)])
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_temperatures_that_mean_nothing_are_refused(temperature):
+    with pytest.raises(ValueError, match="must be finite and >= 0"):
+        small.policy().act(small.observation(), generator(), temperature)
+
+
+def test_the_share_of_clipped_numbers_is_that_of_the_environments_range():
+    policy = small.policy(lively=0.5)
+    actions = torch.randn(5, 4, 7, generator=generator()) * 2
+    raw = unnormalize_q99(actions.numpy(), policy.statistics.action)[..., :6]
+    assert policy.clipped(actions).item() == pytest.approx((np.abs(raw) > 1).mean())
+
+
+def test_names_of_the_package_are_those_of_its_modules():
+    """Functions are not hidden by modules of their name, whoever imported these before."""
+    import importlib
+
+    import wmgym_agents
+
+    modules = {name: importlib.import_module(f"wmgym_agents.{name}") for name in ("grpo", "sft")}
+    for name, module in modules.items():
+        assert getattr(wmgym_agents, name) is getattr(module, name)
+    assert wmgym_agents.FlowVLA is FlowVLA
+    assert set(wmgym_agents.__all__) == set(dir(wmgym_agents))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = wmgym_agents.nothing
 
 
 def test_at_temperature_zero_the_seed_decides_nothing():

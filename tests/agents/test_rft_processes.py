@@ -11,7 +11,7 @@ import pytest
 import small
 import torch
 from programs import TORCHRUN, kill_when, run
-from rft_tiny import STEPS, config, toy
+from rft_tiny import STARTS, STEPS, config, toy
 from toy import SIZE
 from wmgym_agents.encoder import EncoderConfig
 from wmgym_agents.grpo import grpo
@@ -35,7 +35,7 @@ def finished(base, tmp_path_factory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        grpo(config(base, out), progress=False, **toy())
+        grpo(config(base, out, starts=STARTS), progress=False, **toy())
     finally:
         torch.set_num_threads(threads)
     return out
@@ -63,7 +63,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(base, finished, tmp_path):
 def test_two_processes_train_the_same_policy(base, finished, tmp_path):
     command = [*TORCHRUN, str(PROGRAM), str(base), str(tmp_path)]
     run(command)
+    trained = weights(tmp_path)
     for name, weight in weights(finished).items():
-        off = (weights(tmp_path)[name] - weight).abs().max()
-        assert off < 2e-3, (name, off)
+        off = (trained[name] - weight).abs().mean()
+        assert off < 3e-5, (name, off)  # a step moves a weight by 1e-3
     assert rewards(tmp_path) == pytest.approx(rewards(finished), rel=1e-3)

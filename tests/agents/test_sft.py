@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import small
 import tiny
 import torch
 from programs import TORCHRUN, run
-from wmgym_agents.policy import FlowVLA
+from wmgym_agents.policy import FlowVLA, PolicyConfig
 from wmgym_agents.sft import SFTConfig, sft, usable
 
 from wmgym.checkpoints import CheckpointError
@@ -62,8 +63,7 @@ def test_it_learns_what_was_meant_not_what_was_executed(tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tiny_dataset, tmp_path, monkeypatch):
-    from wmgym_agents import sft as module
-
+    module = importlib.import_module("wmgym_agents.sft")
     whole = sft(config(tiny_dataset, tmp_path / "whole"), progress=False)
     step = module._step
 
@@ -80,15 +80,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_dataset, tmp_path, monkey
     states = [FlowVLA.from_pretrained(folder).state_dict() for folder in (whole, parts)]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
+    assert [line["step"] for line in log(tmp_path / "parts", "train")] == [1, 6]
+
+    def decoded(*given, **named):
+        raise AssertionError("frames were decoded for a run that cannot go on")
+
+    monkeypatch.setattr(module, "split_caches", decoded)
     with pytest.raises(CheckpointError, match="other settings: seed was 0, is 5"):
         sft(config(tiny_dataset, tmp_path / "parts", seed=5), progress=False)
+    monkeypatch.undo()
+    watched = config(tiny_dataset, tmp_path / "parts", validation_windows=4, validate_every=2)
+    assert sft(watched, progress=False) == parts
 
 
 def test_it_goes_on_from_a_policy(tiny_dataset, tmp_path):
     start = small.policy()
     start.save_pretrained(tmp_path / "start")
     settings = config(
-        tiny_dataset, tmp_path / "run", init_from=str(tmp_path / "start"), learning_rate=1e-6
+        tiny_dataset,
+        tmp_path / "run",
+        policy=PolicyConfig(),
+        init_from=str(tmp_path / "start"),
+        learning_rate=1e-6,
     )
     trained = FlowVLA.from_pretrained(sft(settings, progress=False))
     assert trained.statistics.num_transitions == start.statistics.num_transitions
@@ -104,6 +117,32 @@ def test_failures_and_held_out_states_are_not_imitated(tiny_dataset, tmp_path):
     assert usable(EpisodeInfo(0, 9, "task", success=None))
     with pytest.raises(ValueError, match=r"validation_states has \[45\]"):
         config(tiny_dataset, tmp_path, validation_states=(45,))
+
+
+def test_initial_states_that_may_validate_are_named(tiny_dataset, tmp_path):
+    settings = config(tiny_dataset, tmp_path, validation_states=(7,))
+    with pytest.raises(ValueError, match=r"validation_states=\(7,\): .* chosen are \[0, 2, 25\]"):
+        sft(settings, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be > 0 and finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be > 0"),
+        ({"clip": float("inf")}, "clip=inf: must be > 0 and finite"),
+        ({"warmup": -1}, "warmup=-1: must be >= 0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: must be >= 0"),
+        ({"save_every": 0}, "save_every=0: must be >= 1"),
+        ({"validation_windows": 0}, "validation_windows=0: must be >= 1"),
+        ({"ema": 1.0}, "ema=1.0: must be < 1"),
+        ({"init_from": "libero-object-small"}, r"a shape of its own: leave out policy\.\*"),
+        ({"pretrained": True}, "only the backbone of vla-adapter"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, tmp_path, **changes)
 
 
 def test_two_processes_train_one_policy(tiny_dataset, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
 import shutil
 import sys
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -17,12 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from wmgym_agents import published as module
 from wmgym_agents import vla_adapter
-from wmgym_agents.policy import CONFIG, PRESETS, STATISTICS, TOKENIZER, WEIGHTS, FlowVLA
+from wmgym_agents.policy import CONFIG, STATISTICS, TOKENIZER, WEIGHTS, FlowVLA
+from wmgym_agents.policy import PRESETS as SHAPES
 from wmgym_agents.published import load_published, load_published_backbone, load_published_head
-from wmgym_agents.sft import SFTConfig, sft
+from wmgym_agents.sft import PRESETS, SFTConfig, new_run, sft
 from wmgym_agents.vla_adapter import VLAAdapterEncoder
 
+from wmgym import cli
 from wmgym.checkpoints import CheckpointError
 from wmgym.extras import MissingExtraError
 
@@ -166,7 +171,7 @@ def test_positions_turn_as_in_qwen2_5(policy):
 
 def test_the_defaults_have_the_published_number_of_weights():
     with torch.device("meta"):
-        policy = FlowVLA(PRESETS["vla-adapter"], small.statistics())
+        policy = FlowVLA(SHAPES["vla-adapter"], small.statistics())
     assert policy.device.type == "meta"
 
     def count(module):
@@ -234,11 +239,10 @@ def test_chains_have_the_density_they_were_drawn_with(policy):
     assert policy.head.action_head.context_adapter.weight.grad.abs().sum() > 0
 
 
-def test_it_is_fine_tuned_and_keeps_its_tokenizer(tiny_dataset, tmp_path, config):
-    settings = SFTConfig(
-        data=(tiny_dataset,),
-        out=tmp_path / "run",
-        policy=config,
+def sft_config(data, folder, **changes):
+    return SFTConfig(
+        data=(data,),
+        out=folder / "run",
         steps=2,
         batch_size=4,
         draws=2,
@@ -246,10 +250,14 @@ def test_it_is_fine_tuned_and_keeps_its_tokenizer(tiny_dataset, tmp_path, config
         validation_windows=4,
         device="cpu",
         bfloat16=False,
+        **changes,
     )
+
+
+def test_it_is_fine_tuned_and_keeps_its_tokenizer(tiny_dataset, tmp_path, config):
     start = small.policy(config)
     start.save_pretrained(tmp_path / "start")
-    settings = dataclasses.replace(settings, init_from=str(tmp_path / "start"), ema=0.5)
+    settings = sft_config(tiny_dataset, tmp_path, init_from=str(tmp_path / "start"), ema=0.5)
     trained = FlowVLA.from_pretrained(sft(settings, progress=False))
     moved = {
         name
@@ -260,6 +268,70 @@ def test_it_is_fine_tuned_and_keeps_its_tokenizer(tiny_dataset, tmp_path, config
         assert f"encoder.{name}" in moved
     assert any(name.startswith("encoder.siglip.vit.blocks.1.") for name in moved)
     assert not any(".vit.blocks.2." in name or "attn_pool" in name for name in moved)
+
+
+@pytest.fixture
+def hubs(config, monkeypatch):
+    """Weights as the libraries would download them; nothing is downloaded."""
+    import timm
+    import transformers
+
+    create, asked = timm.create_model, []
+
+    def filled(module, value):
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.fill_(value)
+        return module
+
+    def create_model(name, *, pretrained, **shape):
+        made = create(name, pretrained=False, **shape)
+        if not pretrained:
+            return made
+        asked.append(name)
+        return filled(made, 0.01 * len(asked))
+
+    def from_pretrained(name, *, local_files_only):
+        asked.append((name, local_files_only))
+        return filled(vla_adapter._language_model(config.language), 0.03)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(transformers.Qwen2Model, "from_pretrained", from_pretrained)
+    return asked
+
+
+def test_fine_tuning_starts_from_the_published_backbone(tiny_dataset, tmp_path, config, hubs):
+    settings = sft_config(tiny_dataset, tmp_path, policy=config)
+    model = new_run(settings, torch.device("cpu")).model
+    assert hubs == [config.encoder.dino.name, config.encoder.siglip.name, (ANY, False)]
+    for number, part in enumerate(("dino", "siglip", "language"), start=1):
+        weights = model.encoder.get_submodule(part).parameters()
+        assert all((weight == 0.01 * number).all() for weight in weights)
+    assert model.encoder.projector.fc1.weight.std() > 0
+    assert PRESETS["vla-adapter"]["learning_rate"] < SFTConfig.learning_rate
+    hubs.clear()
+    sft(dataclasses.replace(settings, pretrained=False), progress=False)
+    assert not hubs
+    new_run(settings, torch.device("cpu"))  # a run that goes on has weights
+    assert not hubs
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_without_a_network_it_is_said_what_to_do(library, tmp_path, config, hubs, monkeypatch):
+    import timm
+    import transformers
+
+    def offline(*given, **named):
+        raise OSError("no route to host\nmore")
+
+    encoder = VLAAdapterEncoder(config.encoder)
+    owner, name = {
+        "timm": (timm, "create_model"),
+        "transformers": (transformers.Qwen2Model, "from_pretrained"),
+    }[library]
+    monkeypatch.setattr(owner, name, offline)
+    with pytest.raises(CheckpointError, match=r"\(no route to host\): .*pretrained=False"):
+        encoder.load_pretrained()
 
 
 def test_a_folder_holds_the_whole_policy_wherever_it_is(policy, tmp_path):
@@ -466,6 +538,30 @@ def test_a_published_folder_becomes_a_policy(published, policy, backbone, tmp_pa
     assert np.array_equal(loaded.act(seen, generator()), again.act(seen, generator()))
 
 
+def test_one_command_imports_a_published_folder(published, policy, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["wmgym", "import-policy", *map(str, words)])
+        cli.main()
+
+    (published / CONFIG).write_text('{"model_type": "openvla"}')
+    with pytest.raises(CheckpointError, match="wmgym import-policy .*published OUT"):
+        FlowVLA.from_pretrained(published)
+    load = functools.partial(load_published, config=policy.config)
+    monkeypatch.setattr(module, "load_published", load)
+    out = tmp_path / "ours"
+    run(published, out)
+    assert capsys.readouterr().out == f"imported {out}\n"
+    seen = observation()
+    imported, read = FlowVLA.from_pretrained(out), load(published)
+    assert np.array_equal(imported.act(seen, generator()), read.act(seen, generator()))
+    for words, said in (
+        ((published, out), "exists: choose another folder"),
+        ((published, tmp_path / "new", "--suite", "libero_10"), "suite='libero_10'"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            run(*words)
+
+
 def test_a_sigma_net_is_loaded_where_there_is_one(published, policy):
     table = published_head(policy)["sigma_net"]
     torch.save(table, published / "sigma_net--400_checkpoint.pt")
@@ -554,7 +650,7 @@ SPOILED = {
         lambda f: [path.unlink() for path in f.glob("model*")],
         r"has no model\*.safetensors",
     ),
-    "no statistics": (lambda f: (f / STATISTICS).unlink(), f"has no suite '{SUITE}'"),
+    "no statistics": (lambda f: (f / STATISTICS).unlink(), f"no statistics for suite='{SUITE}'"),
 }
 
 
