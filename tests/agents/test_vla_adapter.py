@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from wmgym_agents import published as module
+from wmgym_agents import published as released
 from wmgym_agents import vla_adapter
 from wmgym_agents.policy import CONFIG, STATISTICS, TOKENIZER, WEIGHTS, FlowVLA
 from wmgym_agents.policy import PRESETS as SHAPES
@@ -293,7 +293,7 @@ def hubs(config, monkeypatch):
 
     def from_pretrained(name, *, local_files_only):
         asked.append((name, local_files_only))
-        return filled(vla_adapter._language_model(config.language), 0.03)
+        return filled(vla_adapter._language_model(config.encoder.language), 0.03)
 
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(transformers.Qwen2Model, "from_pretrained", from_pretrained)
@@ -544,10 +544,10 @@ def test_one_command_imports_a_published_folder(published, policy, tmp_path, mon
         cli.main()
 
     (published / CONFIG).write_text('{"model_type": "openvla"}')
-    with pytest.raises(CheckpointError, match="wmgym import-policy .*published OUT"):
+    with pytest.raises(CheckpointError, match=r"wmgym import-policy .*published OUT"):
         FlowVLA.from_pretrained(published)
     load = functools.partial(load_published, config=policy.config)
-    monkeypatch.setattr(module, "load_published", load)
+    monkeypatch.setattr(released, "load_published", load)
     out = tmp_path / "ours"
     run(published, out)
     assert capsys.readouterr().out == f"imported {out}\n"
