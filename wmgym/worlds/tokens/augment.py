@@ -29,7 +29,7 @@ RATIO = (1.0, 1.4)
 def random_view(clip: Tensor, rng: np.random.Generator) -> Tensor:
     """A clip `(T, 3, H, W)` in [0, 1], cropped and coloured at random, of the same shape."""
     height, width = clip.shape[2:]
-    area, ratio = rng.uniform(*AREA), math.exp(rng.uniform(*map(math.log, RATIO)))
+    area, ratio = rng.uniform(*AREA), math.exp(rng.uniform(*np.log(RATIO).tolist()))
     across = min(width, round(width * math.sqrt(area * ratio)))
     down = min(height, round(height * math.sqrt(area / ratio)))
     left, top = rng.integers(width - across + 1), rng.integers(height - down + 1)

@@ -7,7 +7,7 @@ its window and on a seed of its own, never on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Clips:
         """Up to `count` windows, evenly spread."""
         return np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)
 
-    def pictures(self, rows: Sequence[int], seeds: Sequence[int] | None = None) -> Tensor:
+    def pictures(self, rows: Iterable[int], seeds: Sequence[int] | None = None) -> Tensor:
         """Clips of windows, `(B, 1 + T + 1, 3, H, W)` in [0, 1].
 
         Args:
@@ -78,7 +78,7 @@ class Clips:
             clips.append(clip if rng is None or not self.augment else random_view(clip, rng))
         return torch.stack(clips)
 
-    def actions(self, rows: Sequence[int]) -> Tensor:
+    def actions(self, rows: Iterable[int]) -> Tensor:
         """Actions `(B, T, 7)` of windows."""
         steps = np.array([self._place(row)[1] for row in rows])
         taken = steps[:, None] + np.arange(self.sampler.horizon)

@@ -125,7 +125,7 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
         context, recorded = context[:, 0], torch.cat(actions).to(here.device)
         own = {name: losses(way.encode(recorded)) for name, way in conventions.items()}
         shuffled = {name: losses(way.encode(recorded[other])) for name, way in conventions.items()}
-    figures = {
+    figures: dict[str, dict[str, Any]] = {
         name: {
             "own": float(own[name].mean()),
             "shuffled": float(shuffled[name].mean()),

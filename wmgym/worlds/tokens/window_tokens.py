@@ -9,7 +9,7 @@ its tokens do not depend on its neighbours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class WindowTokens:
                 file.truncate(2 * rows[0] * rows[1])
             self._kept = np.memmap(path, np.uint16, "r+", shape=rows)
 
-    def sequences(self, rows: Sequence[int], seeds: Sequence[int] | None = None) -> Tensor:
+    def sequences(self, rows: Iterable[int], seeds: Sequence[int] | None = None) -> Tensor:
         """Sequences `(B, L)` of windows.
 
         Args:
