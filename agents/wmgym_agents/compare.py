@@ -36,7 +36,7 @@ class CompareConfig:
     """What to compare.
 
     Attributes:
-        folders: Folders of evaluations, two or more; the others are compared with the first.
+        folders: Two or more folders of evaluations; the others are compared with the first.
         out: The report; a page is written beside it.
     """
 
