@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def check_lengths(envs: WorldModelVectorEnv, chunks: int) -> None:
     Raises:
         ValueError: An episode ends before the last chunk begins.
     """
-    chunk, _ = envs.single_action_space.shape
+    chunk = math.prod((envs.single_action_space.shape or ())[:-1])
     for start in envs.starts:
         if start.steps <= (chunks - 1) * chunk:
             raise ValueError(
