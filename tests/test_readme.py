@@ -6,7 +6,13 @@ from pathlib import Path
 from wmgym_agents.experiment import table
 
 from wmgym.assets import asset_path
-from wmgym.reports import audit_table, quality_table, speed_table
+from wmgym.reports import (
+    audit_table,
+    memory_table,
+    published_table,
+    quality_table,
+    speed_table,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,6 +23,12 @@ def test_the_tables_of_the_shipped_world_are_those_of_its_reports():
     assert quality_table(world) in README
     assert audit_table(world) in README
     assert speed_table(asset_path("reports", "bench_small.json")) in README
+
+
+def test_the_tables_of_the_published_world_are_those_of_its_report():
+    report = asset_path("reports", "bench_published.json")
+    assert published_table(report) in README
+    assert memory_table(report) in README
 
 
 def test_the_table_of_the_experiment_is_that_of_its_report():

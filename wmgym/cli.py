@@ -331,18 +331,27 @@ class Report:
     """Name or folder of the world."""
 
     def run(self) -> None:
-        """Prints Markdown tables: pictures, audit, speed, and the experiment."""
+        """Prints Markdown tables: pictures, audit, speeds, memory, and the experiment."""
         from wmgym_agents.experiment import table
 
         from wmgym.assets import asset_path
         from wmgym.checkpoints import model_folder
-        from wmgym.reports import audit_table, quality_table, speed_table
+        from wmgym.reports import (
+            audit_table,
+            memory_table,
+            published_table,
+            quality_table,
+            speed_table,
+        )
 
         folder = model_folder("world", self.world)
+        published = asset_path("reports", "bench_published.json")
         tables = (
             quality_table(folder),
             audit_table(folder),
             speed_table(asset_path("reports", "bench_small.json")),
+            published_table(published),
+            memory_table(published),
             table(json.loads(asset_path("reports", "experiment.json").read_text())),
         )
         print("\n\n".join(tables))
