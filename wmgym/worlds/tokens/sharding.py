@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,7 +62,7 @@ def gathered(model: ModelT, empty: ModelT) -> ModelT:
 
 
 class ShardedRun(Run[ModelT]):
-    """A run whose weights are sharded; all processes call its methods together."""
+    """A run whose weights are sharded, without average; all processes call its methods together."""
 
     def save(self, path: Path) -> None:
         """As `Run.save`; the main process writes."""
@@ -75,10 +74,9 @@ class ShardedRun(Run[ModelT]):
     def state(self) -> dict[str, Any]:
         """As `Run.state`, whole in the main process, without tensors in the others."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=_WHOLE)
-        average = self.average
         return {
             "model": model,
-            "average": None if average is None else get_model_state_dict(average, options=_WHOLE),
+            "average": None,
             "optimizer": optimizer,
             "step": self.step,
             "settings": json.dumps(self.settings),
@@ -94,8 +92,6 @@ class ShardedRun(Run[ModelT]):
             optim_state_dict=copy.copy(state["optimizer"]),
             options=options,
         )
-        if self.average is not None:
-            set_model_state_dict(self.average, state["average"], options=options)
         self.step = state["step"]
 
 

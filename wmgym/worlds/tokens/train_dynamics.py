@@ -66,7 +66,7 @@ class DynamicsTraining(Recipe):
         dynamics: Shape of the network.
         action_space: Convention of the actions, as in `ActionTokens`.
         ranges: Whether bins span the training data's actions or the released ranges.
-        sharding: "fsdp" spreads weights and optimizer over the processes.
+        sharding: "fsdp" spreads weights and optimizer over the processes; it needs `ema` 0.
     """
 
     tokenizer: str
@@ -90,6 +90,8 @@ class DynamicsTraining(Recipe):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {allowed}")
+        if self.sharding == "fsdp" and self.ema:
+            raise ValueError(f"ema={self.ema}: with sharding='fsdp' it must be 0")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -164,9 +166,8 @@ class DynamicsTrainer:
         model.to(here.device).train()
         average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.sharded = config.sharding == "fsdp"
-        for network in (model, average):
-            if self.sharded and network is not None:
-                shard(network, network.model.layers, here)
+        if self.sharded:
+            shard(model, model.model.layers, here)
         optimizer = adamw(model, config.learning_rate, config.weight_decay, config.betas)
         kind: type[Run[TokenDynamics]] = ShardedRun if self.sharded else Run
         self.run = kind(model, average, optimizer, settings_of(config))
