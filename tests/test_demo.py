@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from wmgym import assets
-from wmgym.bench import BenchConfig, _timed, bench
+from wmgym.bench import BenchConfig, bench, timed
 from wmgym.demo import NOISE, RANDOM, REFERENCE, DemoConfig, chunks, demo, kinds
 
 REWARDS = ("R1", "R2", "R3")
@@ -112,7 +112,7 @@ def test_a_benchmark_without_the_simulator_reports_rate_and_split(demos, tiny_wo
 def test_timing_adds_up_and_leaves_no_trace():
     layer, seconds = torch.nn.Linear(2, 2), {"layer": 0.0}
     x = torch.ones(1, 2)
-    with _timed(layer, "forward", "layer", seconds):
+    with timed(layer, "forward", "layer", seconds):
         first = layer(x)
         once = seconds["layer"]
         layer(x)
