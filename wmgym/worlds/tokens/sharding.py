@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from wmgym.distributed import Processes
 from wmgym.training import ModelT, Run, write_state
@@ -46,6 +46,17 @@ def shard(model: nn.Module, layers: nn.ModuleList, here: Processes) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives gathered weights up again.
+
+    After a pass without gradient the outermost ones stay gathered, and the next pass with gradient
+    would lose theirs.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(model: ModelT, empty: ModelT) -> ModelT:

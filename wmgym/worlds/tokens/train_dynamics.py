@@ -46,7 +46,7 @@ from wmgym.worlds.tokens.recipe import (
     train_steps,
     write_notes,
 )
-from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, shard
+from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, reshard, shard
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 from wmgym.worlds.tokens.window_tokens import WindowTokens
@@ -209,6 +209,8 @@ class DynamicsTrainer:
                     "copy_accuracy": (told[:, places - frame] == targets).float().mean(),
                 }
             )
+        if self.sharded:
+            reshard(model)
         self.run.model.train()
         return means.alone()
 
