@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,16 @@ def test_two_processes_train_one_policy(tiny_dataset, tmp_path):
         scores = [log(out, "validation")[step] for out in (tmp_path, tmp_path / "alone")]
         assert scores[0]["flow_loss"] == pytest.approx(scores[1]["flow_loss"], rel=1e-3)
         assert scores[0]["action_l1"] == pytest.approx(scores[1]["action_l1"], rel=1e-3)
+
+
+def test_tensorboard_leaves_tensorflow_alone(tmp_path):
+    """TensorFlow's LLVM crashes software rendering of the simulator in the same process."""
+    script = (
+        "import sys; from pathlib import Path; from wmgym.distributed import processes\n"
+        "from wmgym.training import Log\n"
+        "with processes('cpu') as here, Log(Path(sys.argv[1]), 0, 1, here, progress=False) as log:\n"
+        "    log.write(1, 'train', {'loss': 1.0})\n"
+        "assert 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules\n"
+    )
+    run([sys.executable, "-c", script, tmp_path])
+    assert list(tmp_path.glob("events.*"))
