@@ -164,7 +164,8 @@ def test_tensorboard_leaves_tensorflow_alone(tmp_path):
     script = (
         "import sys; from pathlib import Path; from wmgym.distributed import processes\n"
         "from wmgym.training import Log\n"
-        "with processes('cpu') as here, Log(Path(sys.argv[1]), 0, 1, here, progress=False) as log:\n"
+        "out = Path(sys.argv[1])\n"
+        "with processes('cpu') as here, Log(out, 0, 1, here, progress=False) as log:\n"
         "    log.write(1, 'train', {'loss': 1.0})\n"
         "assert 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules\n"
     )
