@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from wmgym.extras import keep_tensorflow_out
+
+keep_tensorflow_out()  # before stable-baselines3 loads TensorBoard
+
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:

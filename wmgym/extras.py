@@ -7,6 +7,7 @@ missing package ends in one sentence that names the line to type, not in a bare 
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 
@@ -35,3 +36,13 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"'{module}' is not installed. Install it with: pip install 'wmgym[{extra}]'"
         ) from error
+
+
+def keep_tensorflow_out() -> None:
+    """Keeps TensorBoard from loading TensorFlow, which it does where that is installed.
+
+    It needs nothing of it, and the LLVM that TensorFlow brings crashes the simulator's software
+    renderer in the same process. TensorBoard looks for a module of this name.
+    """
+    name = "tensorboard.compat.notf"
+    sys.modules.setdefault(name, ModuleType(name))

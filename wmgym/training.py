@@ -11,13 +11,11 @@ import json
 import logging
 import math
 import pickle
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
@@ -29,6 +27,7 @@ from wmgym.checkpoints import CheckpointError
 from wmgym.data import FrameCache, open_dataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
+from wmgym.extras import keep_tensorflow_out
 from wmgym.files import complete, json_lines, write_text
 from wmgym.settings import described
 
@@ -439,9 +438,7 @@ class Log:
         kept = [entry for entry in json_lines(path) if entry.get("step", 0) <= step] if step else []
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a")
-        # TensorBoard loads TensorFlow where it is installed, unless this module is there. It needs
-        # nothing of it, and the LLVM that comes with it crashes the simulator's software renderer.
-        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+        keep_tensorflow_out()
         try:
             from torch.utils.tensorboard import SummaryWriter
 

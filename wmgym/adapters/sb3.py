@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from wmgym.envs.infos import take_row
 from wmgym.envs.vector import WorldModelVectorEnv
-from wmgym.extras import require
+from wmgym.extras import keep_tensorflow_out, require
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 else:
+    keep_tensorflow_out()
     VecEnv = require("stable_baselines3.common.vec_env", "sb3").VecEnv
 
 NUMERIC = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
