@@ -83,7 +83,8 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
         `fits`: "raw", "normalised", "neither", or "undecided" where both fit alike; `stored`: what
         the checkpoint says; `losses` by convention, in nats a token: `own` and `shuffled` means,
         and `gain`, shuffled minus own, with its 95 % interval; `raw_minus_normalised` with its
-        interval; `windows`, and `quantiles_from`, "checkpoint" or "data".
+        interval; `windows`; the `ranges` of the bins; `quantiles` of the normalised convention and
+        `quantiles_from`, "checkpoint" or "data".
 
     Raises:
         CheckpointError: The world cannot be used.
@@ -140,6 +141,7 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
         "losses": figures,
         "raw_minus_normalised": difference,
         "windows": len(places),
+        "quantiles": [list(pair) for pair in conventions["normalised"].quantiles or ()],
         "quantiles_from": "data" if stored.quantiles is None else "checkpoint",
         "ranges": [list(pair) for pair in stored.ranges],
     }
@@ -179,7 +181,8 @@ def summary(figures: dict[str, Any]) -> str:
     lines.append(said.get(fits, f"it was trained with {fits} actions"))
     if fits not in (*said, figures["stored"]):
         lines.append(
-            f"its actions.json says {figures['stored']}: change action_space there, or train on"
+            f"its actions.json says {figures['stored']}: set action_space there to {fits!r}, and "
+            "quantiles to those of the report"
         )
     return "\n".join(lines)
 
