@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmgym.extras import MissingExtraError
+from wmgym.worlds.tokens.products import multiply
 
 AttentionKind = Literal["auto", "sdpa", "flash", "flex"]
 Causal: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,12 +48,12 @@ def shared_prefix_attention(
     lines = count * each  # queries of a row that share a head of keys
     q = q.view(batch, count, heads, each, head).transpose(1, 2).reshape(batch, heads, lines, head)
     q = q * head**-0.5
-    to_prefix = _by_start(q, starts) @ keys.transpose(-1, -2)
+    to_prefix = multiply(_by_start(q, starts), keys.transpose(-1, -2))
     to_own = q.to(own_keys.dtype) @ own_keys.transpose(-1, -2)
     to_own = to_own.masked_fill(~allowed.repeat_interleave(each, 0), -torch.inf)
     scores = torch.cat([_by_row(to_prefix, members).float(), to_own.float()], -1)
     weights = scores.softmax(-1)
-    of_prefix = _by_start(weights[..., :length].to(values.dtype), starts) @ values
+    of_prefix = multiply(_by_start(weights[..., :length].to(values.dtype), starts), values)
     of_own = weights[..., length:].to(own_values.dtype) @ own_values
     mixed = _by_row(of_prefix, members).to(q.dtype) + of_own.to(q.dtype)
     mixed = mixed.view(batch, heads, count, each, head).transpose(1, 2)
