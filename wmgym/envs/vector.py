@@ -368,6 +368,7 @@ class WorldModelVectorEnv(VectorEnv):
         now = self._now()
         everything = len(rows) == self.num_envs
         part = now if everything else now.take(self.world, groups, rows)
+        self.last_step = None  # frees its frames before the next are imagined
         after, outcome = self._rollout.advance(part, actions[rows], rows)
         if everything:
             self._state = after

@@ -362,8 +362,11 @@ class _Work:
 
     def take(self, count: int) -> Tensor:
         """The first `count` tokens as `(B, count, 2 layers H head)`."""
-        both = torch.stack([self.keys[:, :, :, :count], self.values[:, :, :, :count]])
-        return both.permute(2, 4, 0, 1, 3, 5).flatten(2)
+        layers, rows, heads, _, head = self.keys.shape
+        memory = self.keys.new_empty(rows, count, 2, layers, heads, head)
+        for number, buffer in enumerate((self.keys, self.values)):
+            memory[:, :, number] = buffer[:, :, :, :count].permute(1, 3, 0, 2, 4)
+        return memory.flatten(2)
 
 
 def cuda_graph(step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:

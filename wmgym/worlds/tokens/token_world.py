@@ -45,6 +45,8 @@ _SHARE_OF_FREE_MEMORY = 0.6
 _SHARE_OF_WORK = 0.75
 _LIVE_ACTIVATIONS = 4
 _CANVAS_BYTES, _CODE_BYTES = 256 * 2**20, 64 * 2**20
+_FRAME_COPIES = 3.5
+"""Sizes of all frames of a rollout that an environment with R3 takes at most, as measured."""
 _FRAMES_AT_ONCE = {"cpu": 1, "cuda": 16}
 
 
@@ -174,11 +176,14 @@ class TokenWorld:
         )
 
     def needed_gib(self, environments: int, members: int) -> float:
-        """GiB that so many environments in groups of `members` take at once, when all are fresh.
+        """GiB that so many environments in groups of `members` take to imagine a whole horizon.
 
         Weights; keys and values of all rows and of a reference row for each group, with the
-        prefixes once more where steps are captured; and the largest activations of the frames that
-        are drawn at once.
+        prefixes once more where steps are captured; the largest activations of the frames that
+        are drawn at once; and all frames with what R3 compares them with, `_FRAME_COPIES` times
+        their size. Keys and values beyond `memory_gib` are done in parts, frames are not.
+        Environments that take single steps keep fewer frames, but keys and values from step to
+        step, about three times over.
         """
         starts = -(-environments // members)
         rows = self.generator.nbytes(starts, members + 1, self.horizon)
@@ -189,7 +194,8 @@ class TokenWorld:
         widest = self.image_size[0] ** 2 * max(self.tokenizer.config.block_out_channels[:2])
         each = next(self._painter.parameters()).element_size()
         drawing = _FRAMES_AT_ONCE[self.device.type] * _LIVE_ACTIVATIONS * widest * each
-        return (rows + copied + weights + drawing) / _GIB
+        frames = (environments + starts) * self.horizon * 3 * self.image_size[0] ** 2 * 4
+        return (rows + copied + weights + drawing + _FRAME_COPIES * frames) / _GIB
 
     @torch.no_grad()
     def start(self, frames: Tensor, proprio: Tensor) -> TokenState:
@@ -262,6 +268,8 @@ class TokenWorld:
             )
         actions = actions.to(self.device, torch.float32)
         groups = [(state.steps == k).nonzero()[:, 0] for k in state.steps.unique()]
+        if len(groups) == 1:
+            return self._step_together(state, actions, every)
         parts = [
             self._step_together(select_rows(state, rows), actions[rows], every) for rows in groups
         ]
@@ -289,6 +297,8 @@ class TokenWorld:
             state, prediction = self._advance(state, now, taken, every)
             predictions.append(prediction)
             done, taken = done + now.shape[1], taken + now.shape[1]
+        if len(predictions) == 1:
+            return state, predictions[0]
         return state, Prediction(
             frames=torch.cat([p.frames for p in predictions], 1),
             proprio=torch.cat([p.proprio for p in predictions], 1),
@@ -305,21 +315,25 @@ class TokenWorld:
             [state.prefix, state.tokens[:, :taken].flatten(1), told[:, :until].flatten(1)], 1
         )
         rows, which = _first_of_equal(history)
-        part = select_rows(dataclasses.replace(state, actions=told), rows)
+        part = dataclasses.replace(state, actions=told)
+        alike = len(rows) < len(which)
+        if alike:
+            part = select_rows(part, rows)
         tokens, memory = self._imagine(part, taken, until)
         drawn = self._draw(part.prefix, tokens[:, taken:until][:, every - 1 :: every])
         proprio = integrate(state.proprio, actions)
-        frames = drawn[which]
+        if alike:
+            tokens, memory, drawn = tokens[which], memory[which], drawn[which]
         after = TokenState(
             prefix=state.prefix,
-            tokens=tokens[which],
+            tokens=tokens,
             actions=told,
             steps=torch.full_like(state.steps, until),
-            memory=memory[which],
-            frame=frames[:, -1],
+            memory=memory,
+            frame=drawn[:, -1],
             proprio=proprio[:, -1],
         )
-        return after, Prediction(frames=frames, proprio=proprio)
+        return after, Prediction(frames=drawn, proprio=proprio)
 
     def _imagine(self, state: TokenState, taken: int, until: int) -> tuple[Tensor, Tensor]:
         """Tokens `(B, horizon, n)` up to step `until`, and the memory after."""
@@ -339,6 +353,8 @@ class TokenWorld:
             )
             tokens[flat, taken:until] = imagined
             parts.append((flat, added))
+        if len(parts) == 1 and torch.equal(parts[0][0].cpu(), torch.arange(len(state))):
+            return tokens, parts[0][1]
         memory = parts[0][1].new_empty(len(state), *parts[0][1].shape[1:])
         for flat, added in parts:
             memory[flat] = added
@@ -399,12 +415,15 @@ class TokenWorld:
         codes = named[rows, 1:].clamp(0, self.vocabulary.dynamics - 1)
         starts = named[rows, 0].tolist()
         size = _FRAMES_AT_ONCE[self.device.type]
-        drawn = []
+        frames = torch.empty(batch * count, 3, *self.image_size, device=self.device)
         for begin in range(0, len(rows), size):
             some = torch.arange(begin, begin + size).clamp(max=len(rows) - 1).tolist()
             levels = zip(*(canvases[starts[i]].features for i in some), strict=True)
-            drawn.append(self._painter.draw(codes[some], [torch.cat(level) for level in levels]))
-        frames = torch.cat(drawn)[which].float().clamp(0, 1).contiguous()
+            drawn = self._painter.draw(codes[some], [torch.cat(level) for level in levels])
+            frames[rows[some]] = drawn.float().clamp(0, 1)
+        source = rows[which]
+        again = (source != torch.arange(len(source), device=self.device)).nonzero()[:, 0]
+        frames[again] = frames[source[again]]
         return frames.view(batch, count, *frames.shape[1:])
 
     def _check_fit(self, dynamics: TokenDynamics) -> None:
