@@ -10,6 +10,7 @@ import mended_torchvision  # noqa: F401 - before transformers imports it
 import pytest
 
 from wmgym.bench_published import BenchPublishedConfig, bench_published
+from wmgym.extras import MissingExtraError
 
 sys.path.insert(0, str(Path(__file__).parent / "worlds" / "tokens"))
 from published_tiny import DYNAMICS, TOKENIZER, filled, save
@@ -32,11 +33,11 @@ def world(tmp_path_factory):
 def test_peers_generate_the_same_tokens(world, tmp_path):
     said = []
     config = BenchPublishedConfig(
-        world=world, members=2, frames=2, repeats=2, dtypes=("float32",), device="cpu"
+        world=str(world), members=2, frames=2, repeats=2, dtypes=("float32",), device="cpu"
     )
     report = bench_published(config, said.append)
     figures = report["cpu"]["float32"]
-    assert figures["same_tokens_generate"] == figures["same_tokens_reprefill"] == 1
+    assert figures["same_tokens_generate"] == figures["same_tokens_reprefill"] == [1, 1]
     assert figures["different_frames"] > 3
     assert list(figures["ways"]) == ["ours", "generate", "reprefill"]
     for way in figures["ways"].values():
@@ -55,10 +56,36 @@ def test_peers_generate_the_same_tokens(world, tmp_path):
 
 def test_it_runs_without_peers(world):
     config = BenchPublishedConfig(
-        world=world, members=1, frames=1, repeats=1, peers=False, device="cpu"
+        world=str(world), members=1, frames=1, repeats=1, peers=False, device="cpu"
     )
     report = bench_published(config)["cpu"]
     assert list(report) == ["float32", "bfloat16"]
     figures = report["bfloat16"]
     assert list(figures["ways"]) == ["ours"]
     assert "speedup_vs_generate" not in figures
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frames": 9}, "at most 8"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"dtypes": ("float16",)}, "allowed are"),
+        ({"dtypes": ()}, "allowed are"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        BenchPublishedConfig(**wrong)
+
+
+def test_peers_that_cannot_be_loaded_are_missed_before_anything_is_made(monkeypatch):
+    class Broken:
+        __spec__ = None
+
+        def __getattr__(self, name):
+            raise ModuleNotFoundError(f"Could not import module '{name}'")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken())
+    with pytest.raises(MissingExtraError, match="torchvision"):
+        bench_published(BenchPublishedConfig(frames=1))

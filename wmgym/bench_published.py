@@ -10,8 +10,8 @@ tokens are generated and frames are drawn; tokens must agree.
 
 Both peers roll the reference once. The released code rolls it again for every member; those rows
 cost what members cost, so its time is `reprefill` times two groups over one and a row, which the
-report tells as derived. Decoding is greedy over the whole vocabulary. Weights may be random: time
-does not depend on them.
+report tells as derived. Decoding is greedy over the whole vocabulary. Weights may be random; ours
+draws equal frames once, so the report has the number of `different_frames`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from wmgym.bench import timed
-from wmgym.extras import require
+from wmgym.extras import MissingExtraError, require
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_reward
+from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer, CompressiveTokenizerConfig
+from wmgym.worlds.tokens.load import load_parts
 from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
@@ -44,6 +46,7 @@ from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
 _GIB = 2**30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENVIRONMENTS = (16, 64, 256, 1024)
+_HORIZON = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class BenchPublishedConfig:
     """What to measure.
 
     Attributes:
-        world: Folder of a world in the published layout; None: random weights of published shape.
+        world: Hub id or folder of a world in the published layout; None: random weights of the
+            published shape.
         members: Members of the group.
         frames: Control steps imagined, at most 8.
         dtypes: Arithmetic of everyone, one measurement for each: "float32", "bfloat16".
@@ -62,7 +66,7 @@ class BenchPublishedConfig:
         out: The report; none is written without.
     """
 
-    world: Path | None = None
+    world: str | None = None
     members: int = 16
     frames: int = 8
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -71,6 +75,15 @@ class BenchPublishedConfig:
     peers: bool = True
     seed: int = 0
     out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ">= 1", "members", "frames", "repeats")
+        if self.frames > _HORIZON:
+            raise ValueError(
+                f"frames={self.frames}: at most {_HORIZON} are imagined from one context"
+            )
+        if not self.dtypes or not set(self.dtypes) <= set(_DTYPES):
+            raise ValueError(f"dtypes={self.dtypes}: allowed are {tuple(_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,11 @@ class _Case:
 
 @dataclass
 class _Parts:
-    """The networks, and what every way of using them has in common."""
+    """The world, and what every way of using it has in common."""
 
     tokenizer: CompressiveTokenizer
     dynamics: TokenDynamics
+    actions: ActionTokens
     lpips: LPIPS
 
     def reward(self, frames: Tensor) -> Tensor:
@@ -109,9 +123,15 @@ def bench_published(
     Returns:
         By device, by dtype: for each of the `ways` seconds to rewards with its parts,
         `tokens_per_s` and `peak_memory_gib`; the ratios `speedup_vs_reprefill` and
-        `speedup_vs_generate`, for generation alone as well; the share of tokens that agree; and
-        `memory_gib` that numbers of environments need.
+        `speedup_vs_generate`, for generation alone as well; the share of tokens that agree, frame
+        by frame (after one that differs, others must); and `memory_gib` that numbers of
+        environments need.
+
+    Raises:
+        MissingExtraError: The peers' transformers is not installed, or cannot be used.
     """
+    if config.peers:
+        _hugging_face()
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +148,7 @@ def _measure(
     world = TokenWorld(
         parts.tokenizer,
         parts.dynamics,
-        ActionTokens(),
+        parts.actions,
         name="published",
         device=device,
         dtype=dtype,
@@ -165,8 +185,8 @@ def _measure(
     for name in ways:
         if name != "ours":
             figures |= _ratios(figures["ways"], name)
-            first = (tokens[name][:, 0] == tokens["ours"][:, 0]).float().mean()
-            figures[f"same_tokens_{name}"] = round(float(first), 4)
+            same = (tokens[name] == tokens["ours"]).float().mean((0, 2)).tolist()
+            figures[f"same_tokens_{name}"] = [round(share, 4) for share in same]
     figures["memory_gib"] = {
         str(count): round(world.needed_gib(count, config.members), 2) for count in _ENVIRONMENTS
     }
@@ -183,21 +203,24 @@ def random_networks(seed: int) -> tuple[CompressiveTokenizer, TokenDynamics]:
         torch.manual_seed(seed)
         tokenizer = CompressiveTokenizer(CompressiveTokenizerConfig())
         dynamics = TokenDynamics(TokenDynamicsConfig())
-        # Large enough for rows to differ by their actions: equal ones are computed once.
-        for weight in (w for w in dynamics.parameters() if w.ndim == 2):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        # Rows must differ by their actions, as they do with trained weights, for frames that are
+        # equal are drawn once: so weights are large, and attention sharper still.
+        for name, weight in dynamics.named_parameters():
+            if weight.ndim == 2:
+                gain = 4.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                nn.init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
     return tokenizer, dynamics
 
 
 def _parts(config: BenchPublishedConfig, dtype: str, device: torch.device) -> _Parts:
     if config.world is None:
         tokenizer, dynamics = random_networks(config.seed)
+        actions = ActionTokens()
     else:
-        tokenizer = CompressiveTokenizer.from_pretrained(config.world / "tokenizer")
-        dynamics = TokenDynamics.from_pretrained(config.world)
+        tokenizer, dynamics, actions = load_parts(config.world)
     for network in (tokenizer, dynamics):
         network.to(device).eval().requires_grad_(False)
-    return _Parts(tokenizer, dynamics, LPIPS("alex", dtype=_DTYPES[dtype]).to(device))
+    return _Parts(tokenizer, dynamics, actions, LPIPS("alex", dtype=_DTYPES[dtype]).to(device))
 
 
 def _case(config: BenchPublishedConfig, parts: _Parts, device: torch.device) -> _Case:
@@ -232,9 +255,23 @@ def _ours(world: TokenWorld, parts: _Parts, case: _Case) -> tuple[Tensor, dict[s
     return state.tokens[:, : case.actions.shape[1]], seconds
 
 
+def _hugging_face() -> Any:
+    """Transformers, whose modules load when they are asked for: with the ones that are needed."""
+    transformers = require("transformers", "vla")
+    try:
+        for name in ("LlamaForCausalLM", "LlamaConfig", "DynamicCache"):
+            getattr(transformers, name)
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"transformers cannot load its Llama ({error}): its torchvision must be of the same "
+            "build as torch; or leave the peers out with --no-peers"
+        ) from error
+    return transformers
+
+
 def _peer(dynamics: TokenDynamics, dtype: torch.dtype, device: torch.device) -> Any:
     """The same transformer in Hugging Face's implementation."""
-    transformers = require("transformers", "vla")
+    transformers = _hugging_face()
     described = {k: v for k, v in dynamics.config.describe().items() if v is not None}
     settings = transformers.LlamaConfig(**described, pad_token_id=described["eos_token_id"])
     with torch.random.fork_rng(devices=[]):
@@ -254,14 +291,14 @@ def _with_generate(
     keep: bool,
 ) -> tuple[Tensor, dict[str, float]]:
     """A rollout by `generate`, from scratch for every frame or with the cache kept."""
-    transformers = require("transformers", "vla")
+    transformers = _hugging_face()
     device, rows = case.frame.device, len(case.actions)
     count = painter.config.dynamics_tokens
     with Stopwatch(device) as total:
         with Stopwatch(device) as encoding:
             context, first = parts.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
         offset = painter.dynamics_fsq.codes
-        told = ActionTokens().encode(case.actions) + offset + painter.fsq.codes
+        told = parts.actions.encode(case.actions) + offset + painter.fsq.codes
         prompt = torch.cat([context[:, 0] + offset, first[:, 0]], 1).expand(rows, -1)
         cache = transformers.DynamicCache() if keep else None
         imagined = []
