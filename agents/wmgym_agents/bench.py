@@ -1,7 +1,8 @@
 """One RFT step at the published size: policy, world and optimizer as they are, weights at random.
 
-Time and memory do not depend on the weights, so this tells what a machine takes before anything is
-downloaded: 1.3 billion parameters of policy, 256 million of world, pictures of 256 pixels.
+This tells what a machine takes before anything is downloaded: 1.3 billion parameters of policy, 256
+million of world, pictures of 256 pixels. The world's random weights are such that members imagine
+different frames, as they do with trained ones: equal frames would be drawn once.
 """
 
 from __future__ import annotations

@@ -97,3 +97,23 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert all(float(step.split()[0]) == 0 for step in steps)
     with Image.open("quickstart.png") as image:
         assert image.width == 2 * image.height
+
+
+def test_errors_are_told_apart_by_phase(capsys, tmp_path):
+    example = load("where_policies_err")
+    recorded = np.zeros((3, 8, 7), np.float32)
+    recorded[0, :, :3], recorded[..., 6] = 0.5, -1  # fast, slow, and the gripper closes halfway
+    recorded[2, 4:, 6] = 1
+    chunks = recorded + np.array([0.1, 0.2, 0.3], np.float32)[:, None, None]
+    chunks[2, 5, 6] = -1
+    told = example.errors(chunks, recorded)
+    assert told == pytest.approx({"fast": 0.1, "slow": 0.2, "gripper": 0.3, "late": 1 / 8})
+
+    args = example.Args(("libero-object-small",), starts=32, out=tmp_path / "errors.json")
+    figures = example.main(args)["libero-object-small"]
+    noisy, sure = figures["temperature 1"], figures["temperature 0"]
+    assert 0 < sure["fast"] < noisy["fast"] < 1
+    assert noisy["R3"] < sure["R3"] < 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    written = json.loads((tmp_path / "errors.json").read_text())
+    assert written["policies"]["libero-object-small"] == figures
