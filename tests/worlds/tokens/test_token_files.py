@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 
+import gymnasium as gym
 import mended_torchvision  # noqa: F401 - before transformers imports it
 import pytest
 import torch
@@ -12,6 +14,7 @@ from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer
 from safetensors.torch import load_file, save_file
 
 from wmgym.checkpoints import CheckpointError
+from wmgym.envs.resources import resolve_world
 from wmgym.extras import MissingExtraError
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics, load_token_world, load_world
 from wmgym.worlds.tokens import folders
@@ -185,7 +188,9 @@ def test_ids_on_the_hub_need_its_package(monkeypatch, tmp_path):
         TokenDynamics.from_pretrained("nowhere")
 
 
-def test_worlds_on_the_hub_bring_their_tokenizer(monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What is asked of a hub with a world and its tokenizer."""
     repositories = {
         "owner/WorldModel-Libero-Object": tmp_path / "a",
         "owner/WorldModel-Tokenizer": tmp_path / "b",
@@ -203,11 +208,42 @@ def test_worlds_on_the_hub_bring_their_tokenizer(monkeypatch, tmp_path):
             return str(repositories[name])
 
     monkeypatch.setattr(folders, "require", lambda module, extra: Hub)
+    return asked
+
+
+def test_worlds_on_the_hub_bring_their_tokenizer(hub):
     assert load_world("owner/WorldModel-Libero-Object").name == "WorldModel-Libero-Object"
-    assert {name for name, _ in asked} == repositories.keys()
-    assert all("*" not in pattern for _, patterns in asked for pattern in patterns)
+    assert {name for name, _ in hub} == {
+        "owner/WorldModel-Libero-Object",
+        "owner/WorldModel-Tokenizer",
+    }
+    assert all("*" not in pattern for _, patterns in hub for pattern in patterns)
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         load_world("owner/Nothing")
+
+
+def test_environments_are_made_of_worlds_on_the_hub(hub):
+    env = gym.make("wmgym:WorldModel-LIBERO-v0", world="owner/WorldModel-Libero-Object")
+    assert env.observation_space["image"].shape == (32, 32, 3)
+    assert "owner/WorldModel-Tokenizer" in {name for name, _ in hub}
+
+
+def test_environments_see_a_world_that_was_edited(tmp_path):
+    folder = save(tmp_path / "object")
+    before = resolve_world(folder, "cpu", "float32")
+    assert resolve_world(folder, "cpu", "float32") is before
+    for name in (
+        "config.json",
+        "actions.json",
+        "tokenizer/config.json",
+        "tokenizer/diffusion_pytorch_model.safetensors",
+        "../libero_action_ranges.pth",
+    ):
+        (folder / name).touch()
+        os.utime(folder / name, ns=(0, 1))
+        after = resolve_world(folder, "cpu", "float32")
+        assert after is not before, name
+        before = after
 
 
 def test_ranges_of_actions(tmp_path, caplog):
