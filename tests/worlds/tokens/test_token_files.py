@@ -148,6 +148,12 @@ def test_tokens_and_shapes_that_do_not_fit_are_refused():
         model.decode(context.repeat(1, 2, 1), later)
 
 
+def test_a_new_tokenizer_gives_the_same_tokens_twice():
+    frames = torch.rand(1, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = CompressiveTokenizer(TOKENIZER)
+    assert torch.equal(model.encode(frames)[1], model.encode(frames)[1])
+
+
 def test_clips_without_later_frames(tmp_path):
     frames, *_ = clips(2)
     context, later = tokenizer().encode(frames)

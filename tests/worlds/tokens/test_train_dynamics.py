@@ -246,6 +246,9 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
         ({"ranges": "mine"}, "ranges='mine': allowed are"),
         ({"sharding": "ddp"}, "sharding='ddp': allowed are"),
         ({"validate_every": 0}, "validate_every=0"),
+        ({"clip": -1.0}, r"clip=-1\.0: must be > 0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be > 0"),
+        ({"warmup": -1}, "warmup=-1: must be >= 0"),
     ],
 )
 def test_a_recipe_refuses_nonsense(changes, named, tmp_path):

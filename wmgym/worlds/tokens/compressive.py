@@ -122,6 +122,8 @@ class CompressiveTokenizerConfig(Described):
 class CompressiveTokenizer(nn.Module):
     """Frames to tokens and back; see the module docstring.
 
+    It starts in evaluation mode: in training mode dropout makes tokens random.
+
     Args:
         config: Its shape, or the JSON object of a `config.json` with it.
     """
@@ -146,6 +148,7 @@ class CompressiveTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(code, c.latent_channels, 1)
         self.quant_linear = nn.Linear(patch, dynamics_code)
         self.post_quant_linear = nn.Linear(dynamics_code, patch)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CompressiveTokenizer:
