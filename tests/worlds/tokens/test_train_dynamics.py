@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,23 @@ def test_tokens_are_kept_on_disk_where_they_never_change(finished, tokenizer, tm
     looked = WindowTokens(varied, frozen, ActionTokens(), tmp_path)
     assert not torch.equal(looked.sequences([3], [7]), looked.sequences([3], [8]))
     assert torch.equal(looked.sequences([0]), expected[1:2])
+
+
+def test_a_disk_without_room_for_the_tokens_is_an_error(finished, tokenizer, tmp_path):
+    frozen = CompressiveTokenizer.from_pretrained(tokenizer)
+    clips = Clips(FrameCache.open(finished / "cache" / "train"), 3, 0, CPU)
+    WindowTokens(clips, frozen, ActionTokens(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= file.stat().st_size == 2 * len(clips) * 76
+    file.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"the tokens of all windows take .*{file}"):
+            WindowTokens(clips, frozen, ActionTokens(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sequences_are_those_of_the_world(finished, tokenizer):
