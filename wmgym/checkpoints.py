@@ -9,6 +9,7 @@ folder.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +138,13 @@ def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
         raise CheckpointError(f"{source} has NaN or infinity in {broken[:5]}")
+
+
+def reason_of(error: Exception) -> str:
+    """First line of why a file could not be read, without PyTorch's advice to trust it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, or is no file of PyTorch's"
+    return f"{error}".partition("\n")[0] or type(error).__name__
 
 
 def shipped(kind: Kind) -> list[str]:

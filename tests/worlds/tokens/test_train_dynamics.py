@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +244,6 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
         steps=1,
         learning_rate=1e-7,
         init_from=str(finished / "world"),
-        ranges="published",
         dynamics=dataclasses.replace(DYNAMICS, hidden_size=64),
     )
     world = train_dynamics(config, progress=False)
@@ -252,6 +252,49 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
     for name, weight in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-5, rtol=0)
     assert ActionTokens.load(world) == ActionTokens.load(finished / "world")
+
+
+def test_what_is_said_of_actions_goes_before_those_of_init_from(
+    finished, tiny_dataset, tokenizer, tmp_path
+):
+    config = dynamics_training(
+        tiny_dataset,
+        tmp_path,
+        tokenizer,
+        steps=1,
+        init_from=str(finished / "world"),
+        action_space="normalised",
+        ranges="published",
+    )
+    world = train_dynamics(config, progress=False)
+    actions = ActionTokens.load(world)
+    assert (actions.action_space, actions.ranges) == ("normalised", PUBLISHED_RANGES)
+    notes = json.loads((world / "training.json").read_text())
+    assert (notes["action_space"], notes["ranges"]) == ("normalised", "published")
+    assert notes["actions"]["quantiles"] == [list(pair) for pair in actions.quantiles]
+
+
+def test_a_run_goes_on_with_the_same_data_and_tokenizer_only(tiny_dataset, tokenizer, tmp_path):
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    mine = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    config = dynamics_training(data, tmp_path / "run", mine, steps=1)
+    train_dynamics(config, progress=False)
+    longer = dataclasses.replace(config, steps=2)
+    data.rename(tmp_path / "before")
+    tiny.write_dataset(tmp_path / "other", length=7).rename(data)
+    with pytest.raises(CheckpointError, match=r"data_fingerprints was \['\w+'\], is \['\w+'\]"):
+        train_dynamics(longer, progress=False)
+    data.rename(tmp_path / "after")
+    (tmp_path / "before").rename(data)
+    model = CompressiveTokenizer.from_pretrained(mine)
+    model.quant_linear.bias.add_(0.1)
+    model.save_pretrained(mine)
+    with pytest.raises(CheckpointError, match=r"other settings: tokenizer_digest was '\w+', is"):
+        train_dynamics(longer, progress=False)
+    shutil.rmtree(mine)
+    shutil.copytree(tokenizer, mine)
+    train_dynamics(longer, progress=False)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 # --- bad input ----------------------------------------------------------------------------------

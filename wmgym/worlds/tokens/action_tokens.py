@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.checkpoints import CheckpointError
+from wmgym.checkpoints import CheckpointError, reason_of
 from wmgym.files import write_text
 from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.folders import read_json
@@ -120,7 +120,8 @@ class ActionTokens:
                 values = np.asarray(table, np.float64).reshape(ACTION_DIM, 2)
                 return cls(tuple((float(a), float(b)) for a, b in values))
         except (*_DAMAGED, OSError) as error:
-            raise CheckpointError(f"the ranges of actions in {folder}: {error}") from None
+            reason = reason_of(error)
+            raise CheckpointError(f"the ranges of actions in {folder}: {reason}") from None
         return cls()
 
     def _columns(
