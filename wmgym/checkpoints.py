@@ -87,10 +87,15 @@ def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no {kind}: it has no {CONFIG}{nested}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    found = config["family"] if isinstance(config, dict) and "family" in config else None
-    if found != family:
-        raise CheckpointError(f"{path} says family={found!r}; supported is {family!r}")
-    return config
+    told = config if isinstance(config, dict) else {}
+    if told.get("family") != family:
+        known = [f"{k}={told[k]!r}" for k in ("family", "model_type", "_class_name") if k in told]
+        also = "; environments and scores also take the published layout, model_type='llama'"
+        raise CheckpointError(
+            f"{path} says {', '.join(known) or 'no family'}; supported is family={family!r}"
+            f"{also if kind == 'world' else ''}"
+        )
+    return told
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -103,7 +108,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        index = path.with_name(f"{path.name}.index.json")
+        several = (
+            f", and the several files that {index.name} lists are not read; make them one in "
+            "transformers: model.save_pretrained(folder, max_shard_size='1TB')"
+        )
+        raise CheckpointError(f"{path} is missing{several if index.exists() else ''}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
     check_fit(model.state_dict(), tensors, str(path))

@@ -7,6 +7,7 @@ import os
 
 import gymnasium as gym
 import mended_torchvision  # noqa: F401 - before transformers imports it
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from wmgym.checkpoints import CheckpointError
 from wmgym.envs.resources import resolve_world
 from wmgym.extras import MissingExtraError
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics, load_token_world, load_world
+from wmgym.worlds.evaluate import evaluate
 from wmgym.worlds.tokens import folders
 from wmgym.worlds.tokens.action_tokens import PUBLISHED_RANGES, ActionTokens
 from wmgym.worlds.tokens.token_world import TokenWorld
@@ -74,11 +76,32 @@ def test_every_key_must_be_there_and_no_other(kind):
         ("dynamics", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
         ("dynamics", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ("dynamics", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ("dynamics", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is list"),
+        ("dynamics", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x': expected float"),
+        ("dynamics", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "0.5} are not supported"),
+        ("dynamics", {"partial_rotary_factor": 0.5}, "0.5} are not supported"),
+        (
+            "dynamics",
+            {"model_type": "mistral"},
+            "model_type='mistral' is not supported, 'llama' is",
+        ),
+        ("dynamics", {"hidden_size": -32}, "hidden_size=-32: must be >= 1"),
+        ("dynamics", {"hidden_size": 10**12}, "config.json: "),
+        ("dynamics", {"head_dim": 7}, "width 7: rotary positions need an even one"),
+        ("dynamics", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': expected float"),
+        ("dynamics", {"max_position_embeddings": None}, "None: expected int"),
+        ("dynamics", {"num_key_value_heads": 0}, "kv_heads=0: must be >= 1"),
         ("dynamics", {"num_key_value_heads": 3}, "multiple"),
         ("tokenizer", {"context_length": 2}, "context_length=2 is not supported, 1 is"),
         ("tokenizer", {"norm_type": "spatial"}, "norm_type"),
         ("tokenizer", {"dyn_fsq_levels": 9}, "allowed are"),
         ("tokenizer", {"resolution": 30}, "multiple of 8"),
+        ("tokenizer", {"resolution": [32, 32]}, r"resolution=\[32, 32\]: expected int"),
+        ("tokenizer", {"latent_channels": 8.0}, r"latent_channels=8\.0: expected int"),
+        ("tokenizer", {"block_out_channels": [30, 30], "norm_num_groups": 10}, "multiple of 4"),
+        ("tokenizer", {"block_out_channels": [30, 32]}, "multiples of norm_num_groups=32"),
+        ("tokenizer", {"norm_num_groups": 0}, "norm_num_groups=0: must be >= 1"),
+        ("tokenizer", {"_class_name": "AutoencoderKL"}, "'CompressiveVQModelFSQ' is"),
     ],
 )
 def test_what_is_not_computed_is_refused(name, change, said, tmp_path):
@@ -188,7 +211,7 @@ def test_ids_on_the_hub_need_its_package(monkeypatch, tmp_path):
         raise MissingExtraError(f"{module}: pip install 'wmgym[{extra}]'")
 
     monkeypatch.setattr(folders, "require", missing)
-    with pytest.raises(MissingExtraError, match=r"wmgym\[hub\]"):
+    with pytest.raises(MissingExtraError, match=r"no folder VLA-RFT/.*wmgym\[hub\]"):
         load_world("VLA-RFT/WorldModel-Libero-Object")
     with pytest.raises(CheckpointError, match="neither a folder nor"):
         TokenDynamics.from_pretrained("nowhere")
@@ -265,13 +288,27 @@ def test_ranges_of_actions(tmp_path, caplog):
     described = ActionTokens(action_space="normalised", quantiles=quantiles)
     described.save(tmp_path)
     assert load_token_world(tmp_path).actions == described
-    (tmp_path / "actions.json").write_text('{"ranges": [[0, 1]]}')
-    with pytest.raises(CheckpointError, match="expected 7 pairs"):
-        load_token_world(tmp_path)
+    for told, said in (
+        ({"ranges": [[0, 1]]}, "expected 7 pairs"),
+        ({"bins": 0}, "bins=0: allowed are integers >= 1"),
+        ({"bins": 25.5}, r"bins=25\.5: allowed"),
+        ({"quantiles": [[1, -1]] * 6}, "q01 first"),
+        ({"quantiles": [[float("nan"), 1]] * 6}, "q01 first"),
+    ):
+        (tmp_path / "actions.json").write_text(json.dumps(told))
+        with pytest.raises(CheckpointError, match=said):
+            load_token_world(tmp_path)
     (tmp_path / "actions.json").unlink()
     (tmp_path / "libero_action_ranges.pth").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="ranges of actions"):
         load_token_world(tmp_path)
+
+
+def test_published_worlds_are_scored(tmp_path, tiny_dataset):
+    world = load_world(save(tmp_path / "world"))
+    report = evaluate(world, [tiny_dataset], windows=2, horizon=2, progress=False)
+    assert all(np.isfinite(value) for name, value in report.items() if name.endswith("psnr"))
+    assert report["tokenizer_psnr"] != report["psnr"]
 
 
 def test_bins_are_those_of_the_release():

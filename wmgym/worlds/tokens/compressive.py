@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WRITTEN_AS = {"_class_name": "CompressiveVQModelFSQ", "_diffusers_version": "0.33.1"}
+_WRITTEN_AS = {"_diffusers_version": "0.33.1"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class CompressiveTokenizerConfig(Described):
         lookup_from_codebook: Not used, kept for other readers.
     """
 
+    kind = ("_class_name", "CompressiveVQModelFSQ")
+
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
@@ -86,6 +89,8 @@ class CompressiveTokenizerConfig(Described):
     lookup_from_codebook: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, ">= 1", "layers_per_block", "latent_channels", "norm_num_groups")
+        check_numbers(self, ">= 1", "max_att_resolution", "resolution", "patch_size")
         count = len(self.block_out_channels)
         self.require(in_channels=3, out_channels=3, act_fn="silu", norm_type="group")
         self.require(context_length=1)
@@ -95,6 +100,11 @@ class CompressiveTokenizerConfig(Described):
             raise ValueError(
                 f"vq_fsq_levels={self.vq_fsq_levels}, dyn_fsq_levels={self.dyn_fsq_levels}: "
                 f"allowed are {sorted(LEVELS)}"
+            )
+        if not count or any(w < 1 or w % self.norm_num_groups for w in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels}: expected positive multiples of "
+                f"norm_num_groups={self.norm_num_groups}"
             )
         unit = self.patch_size << (count - 1)
         if self.resolution % unit:
@@ -164,7 +174,12 @@ class CompressiveTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes such a folder."""
-        write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
+        write_model(
+            self,
+            self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS,
+            Path(folder),
+            WEIGHTS,
+        )
 
     def vocabulary(self, bins: int) -> Vocabulary:
         """What tokens of this tokenizer, and of actions in `bins` bins, mean."""
