@@ -47,11 +47,7 @@ def save_model(
         FloatingPointError: A weight is NaN or infinite; nothing is written.
         OSError: A file cannot be written.
     """
-    broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
-    if broken:
-        raise FloatingPointError(
-            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
-        )
+    check_weights(model, folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -60,6 +56,19 @@ def save_model(
     }
     save_tensors(folder / WEIGHTS, tensors)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def check_weights(model: nn.Module, folder: str | Path) -> None:
+    """Keeps weights that could not be read again from being written.
+
+    Raises:
+        FloatingPointError: A weight is NaN or infinite.
+    """
+    broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
+    if broken:
+        raise FloatingPointError(
+            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
+        )
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -156,7 +165,8 @@ def reason_of(error: Exception) -> str:
     """First line of why a file could not be read, without PyTorch's advice to trust it."""
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors and plain values, or is no file of PyTorch's"
-    return f"{error}".partition("\n")[0] or type(error).__name__
+    words = repr(error) if isinstance(error, KeyError) else f"{error}"
+    return words.partition("\n")[0] or type(error).__name__
 
 
 def shipped(kind: Kind) -> list[str]:

@@ -171,6 +171,47 @@ def test_tokens_and_shapes_that_do_not_fit_are_refused():
         model.decode(context.repeat(1, 2, 1), later)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda x: x * 255, ValueError, r"frames are 0 \.\.\. 255, expected 0 \.\.\. 1: divide"),
+        (lambda x: x * torch.nan, ValueError, "frames are nan"),
+        (lambda x: x.to(torch.uint8), TypeError, "frames are torch.uint8, expected a tensor of fl"),
+        (lambda x: x.numpy(), TypeError, "frames are ndarray"),
+        (lambda x: x[:0], ValueError, r"shape \(0, 2, 3, 32, 32\), expected .* B >= 1"),
+    ],
+)
+def test_frames_that_are_none_are_refused(change, error, said):
+    frames = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(1, 2, 3, 32, 32)
+    with pytest.raises(error, match=said):
+        tokenizer().encode(change(frames))
+    tokens = tokenizer().encode(frames)
+    for again, first in zip(tokenizer().encode(frames.double()), tokens, strict=True):
+        assert torch.equal(again, first)
+
+
+def test_tokens_that_are_none_are_refused():
+    context, later = torch.zeros(1, 1, 256).long(), torch.zeros(1, 2, 16).long()
+    with pytest.raises(TypeError, match=r"dynamics tokens are torch\.float32, expected .*integers"):
+        tokenizer().decode(context, later.float())
+    with pytest.raises(ValueError, match="dynamics tokens have shape"):
+        tokenizer().decode(context, later[0, 0])
+    with pytest.raises(ValueError, match="context tokens have shape"):
+        tokenizer().decode(context[:0], later[:0])
+    with pytest.raises(TypeError, match=r"tokens are torch\.float32, expected .* integers"):
+        dynamics().logits(torch.zeros(1, 4))
+    with pytest.raises(TypeError, match="tokens are ndarray"):
+        dynamics().logits(np.zeros((1, 4), np.int64))
+
+
+def test_weights_that_could_not_be_read_are_not_written(kind, tmp_path):
+    _, model, *_ = kind
+    next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="NaN or infinity are not written"):
+        model.save_pretrained(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
 def test_a_new_tokenizer_gives_the_same_tokens_twice():
     frames = torch.rand(1, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = CompressiveTokenizer(TOKENIZER)

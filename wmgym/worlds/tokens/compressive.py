@@ -29,9 +29,10 @@ from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
-from wmgym.worlds.tokens.vocabulary import Vocabulary
+from wmgym.worlds.tokens.vocabulary import Vocabulary, check_integers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SLACK = 1e-3  # resizing may leave 0 ... 1 by rounding
 _WRITTEN_AS = {"_diffusers_version": "0.33.1"}
 
 
@@ -173,7 +174,11 @@ class CompressiveTokenizer(nn.Module):
         return read_model(cls, CompressiveTokenizerConfig, folder, WEIGHTS)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes such a folder."""
+        """Writes such a folder.
+
+        Raises:
+            FloatingPointError: A weight is NaN or infinite; nothing is written.
+        """
         write_model(
             self,
             self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS,
@@ -201,9 +206,16 @@ class CompressiveTokenizer(nn.Module):
             Context tokens `(B, 1, N)` and dynamics tokens `(B, T - 1, n)`, int64.
 
         Raises:
-            ValueError: Frames of another shape.
+            TypeError: No tensor of floats.
+            ValueError: Frames of another shape or range, or NaN.
         """
-        self._check_frames(frames)
+        frames = self._checked(frames)
+        low, high = (float(bound) for bound in frames.aminmax())
+        if not (low >= -_SLACK and high <= 1 + _SLACK):
+            raise ValueError(
+                f"frames are {low:.3g} ... {high:.3g}, expected 0 ... 1: divide bytes by 255, clip "
+                "what was decoded"
+            )
         tokens, features = self.look(frames[:, 0])
         later = frames[:, 1:]
         count = later.shape[1]
@@ -222,10 +234,11 @@ class CompressiveTokenizer(nn.Module):
             `(B, T, 3, H, W)` float, the context first, not clipped to [0, 1].
 
         Raises:
+            TypeError: No tensors of integers.
             ValueError: Tokens of another shape, or outside the codes.
         """
-        count = dynamics_tokens.shape[1]
         self._check(context_tokens, dynamics_tokens)
+        count = dynamics_tokens.shape[1]
         first = self.draw_context(context_tokens[:, 0])[:, None]
         canvas = [f.repeat_interleave(count, 0) for f in self.canvas(context_tokens[:, 0])]
         later = self.draw(dynamics_tokens.flatten(0, 1), canvas) if count else first[:0]
@@ -241,9 +254,10 @@ class CompressiveTokenizer(nn.Module):
             The same shape, not clipped; the gradient passes straight through the rounding.
 
         Raises:
+            TypeError: No tensor of floats.
             ValueError: Frames of another shape.
         """
-        self._check_frames(frames)
+        frames = self._checked(frames)
         later, count = frames[:, 1:].flatten(0, 1), frames.shape[1] - 1
         latents, seen = self.encoder(frames[:, 0])
         codes = self.fsq.quantize(self.quant_conv(latents).movedim(1, -1)).movedim(-1, 1)
@@ -295,19 +309,31 @@ class CompressiveTokenizer(nn.Module):
         codes = self.fsq.decode(context_tokens).to(self.post_quant_conv.weight.dtype)
         return self.post_quant_conv(codes.unflatten(1, (side, side)).movedim(-1, 1))
 
-    def _check_frames(self, frames: Tensor) -> None:
+    def _checked(self, frames: Tensor) -> Tensor:
+        """Frames in the arithmetic of the weights."""
+        if not isinstance(frames, Tensor) or not frames.is_floating_point():
+            given = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+            raise TypeError(f"frames are {given}, expected a tensor of floats in 0 ... 1")
         side = self.config.resolution
-        if frames.ndim != 5 or frames.shape[1] < 1 or frames.shape[2:] != (3, side, side):
+        if frames.ndim != 5 or 0 in frames.shape or frames.shape[2:] != (3, side, side):
             raise ValueError(
-                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side})"
+                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side}), "
+                "B >= 1 and T >= 1"
             )
+        return frames.to(self.quant_conv.weight.dtype)
 
     def _check(self, context_tokens: Tensor, dynamics_tokens: Tensor) -> None:
         for name, tokens, each, codes in (
             ("context", context_tokens, self.config.context_tokens, self.fsq.codes),
             ("dynamics", dynamics_tokens, self.config.dynamics_tokens, self.dynamics_fsq.codes),
         ):
-            if tokens.ndim != 3 or len(tokens) != len(context_tokens) or tokens.shape[2] != each:
+            check_integers(f"{name} tokens", tokens)
+            if (
+                tokens.ndim != 3
+                or not len(tokens)
+                or len(tokens) != len(context_tokens)
+                or tokens.shape[2] != each
+            ):
                 raise ValueError(
                     f"{name} tokens have shape {tuple(tokens.shape)}, expected "
                     f"({len(context_tokens)}, T, {each})"

@@ -18,7 +18,13 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from wmgym.checkpoints import CONFIG, CheckpointError, load_weights, save_tensors
+from wmgym.checkpoints import (
+    CONFIG,
+    CheckpointError,
+    check_weights,
+    load_weights,
+    save_tensors,
+)
 from wmgym.extras import MissingExtraError, require
 from wmgym.files import write_text
 
@@ -116,7 +122,13 @@ def read_model(
 
 
 def write_model(model: nn.Module, described: dict[str, Any], folder: Path, weights: str) -> None:
-    """Writes such a folder, each file whole or not at all."""
+    """Writes such a folder, each file whole or not at all.
+
+    Raises:
+        FloatingPointError: A weight is NaN or infinite; nothing is written.
+        OSError: A file cannot be written.
+    """
+    check_weights(model, folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_tensors(folder / weights, tensors)

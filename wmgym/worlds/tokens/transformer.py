@@ -24,7 +24,7 @@ from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
-from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary
+from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, check_integers
 
 WEIGHTS = "model.safetensors"
 _WRITTEN_AS = {"architectures": ["LlamaForCausalLM"]}
@@ -238,7 +238,11 @@ class TokenDynamics(nn.Module):
         return read_model(cls, TokenDynamicsConfig, folder, WEIGHTS)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes such a folder, which `transformers` loads as well."""
+        """Writes such a folder, which `transformers` loads as well.
+
+        Raises:
+            FloatingPointError: A weight is NaN or infinite; nothing is written.
+        """
         write_model(
             self,
             self.config.describe() | _WRITTEN_AS | dict([self.config.kind]),
@@ -254,6 +258,7 @@ class TokenDynamics(nn.Module):
             at: Places `(P,)` whose logits `(B, P, V)` are wanted; None wants all.
 
         Raises:
+            TypeError: No tensor of integers.
             ValueError: Tokens of another shape, outside the vocabulary, or too many.
         """
         self.check(tokens)
@@ -315,7 +320,8 @@ class TokenDynamics(nn.Module):
     forward = logits
 
     def check(self, tokens: Tensor) -> None:
-        """Raises ValueError unless `tokens` are a batch of sequences of the vocabulary."""
+        """Checks a batch of sequences of the vocabulary; see `logits` for what it raises."""
+        check_integers("tokens", tokens)
         most, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= most:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (B, 1 ... {most})")
