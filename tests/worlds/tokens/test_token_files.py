@@ -176,7 +176,11 @@ def test_tokens_and_shapes_that_do_not_fit_are_refused():
     [
         (lambda x: x * 255, ValueError, r"frames are 0 \.\.\. 255, expected 0 \.\.\. 1: divide"),
         (lambda x: x * torch.nan, ValueError, "frames are nan"),
-        (lambda x: x.to(torch.uint8), TypeError, "frames are torch.uint8, expected a tensor of fl"),
+        (
+            lambda x: x.to(torch.uint8),
+            TypeError,
+            r"frames are torch\.uint8, expected floats: frames",
+        ),
         (lambda x: x.numpy(), TypeError, "frames are ndarray"),
         (lambda x: x[:0], ValueError, r"shape \(0, 2, 3, 32, 32\), expected .* B >= 1"),
     ],

@@ -313,7 +313,7 @@ class CompressiveTokenizer(nn.Module):
         """Frames in the arithmetic of the weights."""
         if not isinstance(frames, Tensor) or not frames.is_floating_point():
             given = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
-            raise TypeError(f"frames are {given}, expected a tensor of floats in 0 ... 1")
+            raise TypeError(f"frames are {given}, expected floats: frames.float() / 255 of bytes")
         side = self.config.resolution
         if frames.ndim != 5 or 0 in frames.shape or frames.shape[2:] != (3, side, side):
             raise ValueError(
@@ -336,7 +336,7 @@ class CompressiveTokenizer(nn.Module):
             ):
                 raise ValueError(
                     f"{name} tokens have shape {tuple(tokens.shape)}, expected "
-                    f"({len(context_tokens)}, T, {each})"
+                    f"({len(context_tokens) or 'B >= 1'}, T, {each})"
                 )
             if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < codes:
                 raise ValueError(

@@ -174,9 +174,9 @@ class DynamicsTrainer:
         optimizer = adamw(model, config.learning_rate, config.weight_decay, config.betas)
         kind: type[Run[TokenDynamics]] = ShardedRun if self.sharded else Run
         settings = settings_of(config) | {
-            "actions": described(dataclasses.asdict(self.tokens.actions)),
             "data_fingerprints": fingerprints(config.data),
             "tokenizer_digest": digest(self.tokens.tokenizer),
+            "actions": described(dataclasses.asdict(self.tokens.actions)),
         }
         del settings["steps"]  # nothing depends on it: a finished run may be lengthened
         self.run = kind(model, average, optimizer, settings)
