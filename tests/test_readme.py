@@ -1,6 +1,7 @@
 """The README says what the committed reports and examples say, word for word."""
 
 import json
+import re
 from pathlib import Path
 
 from wmgym_agents.experiment import table
@@ -40,6 +41,13 @@ def test_the_ten_lines_are_the_quickstart_example():
     source = (ROOT / "examples" / "quickstart.py").read_text()
     body = source.split('"""', 2)[2].strip()
     assert body in README
+
+
+def test_every_extra_is_explained():
+    _, section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")
+    extras = re.findall(r"^([\w-]+) = \[", section.split("\n[")[0], re.MULTILINE)
+    assert "hub" in extras
+    assert [e for e in extras if e not in ("all", "dev") and f"\n| `{e}` |" not in README] == []
 
 
 def test_every_file_the_readme_points_to_exists():

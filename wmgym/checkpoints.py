@@ -9,6 +9,7 @@ folder.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +47,7 @@ def save_model(
         FloatingPointError: A weight is NaN or infinite; nothing is written.
         OSError: A file cannot be written.
     """
-    broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
-    if broken:
-        raise FloatingPointError(
-            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
-        )
+    check_weights(model, folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -59,6 +56,19 @@ def save_model(
     }
     save_tensors(folder / WEIGHTS, tensors)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def check_weights(model: nn.Module, folder: str | Path) -> None:
+    """Keeps weights that could not be read again from being written.
+
+    Raises:
+        FloatingPointError: A weight is NaN or infinite.
+    """
+    broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
+    if broken:
+        raise FloatingPointError(
+            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
+        )
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -86,10 +96,15 @@ def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no {kind}: it has no {CONFIG}{nested}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    found = config["family"] if isinstance(config, dict) and "family" in config else None
-    if found != family:
-        raise CheckpointError(f"{path} says family={found!r}; supported is {family!r}")
-    return config
+    told = config if isinstance(config, dict) else {}
+    if told.get("family") != family:
+        known = [f"{k}={told[k]!r}" for k in ("family", "model_type", "_class_name") if k in told]
+        also = "; environments and scores also take the published layout, model_type='llama'"
+        raise CheckpointError(
+            f"{path} says {', '.join(known) or 'no family'}; supported is family={family!r}"
+            f"{also if kind == 'world' else ''}"
+        )
+    return told
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -102,7 +117,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        index = path.with_name(f"{path.name}.index.json")
+        several = (
+            f", and the several files that {index.name} lists are not read; make them one in "
+            "transformers: model.save_pretrained(folder, max_shard_size='1TB')"
+        )
+        raise CheckpointError(f"{path} is missing{several if index.exists() else ''}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
     check_fit(model.state_dict(), tensors, str(path))
@@ -137,6 +159,14 @@ def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
         raise CheckpointError(f"{source} has NaN or infinity in {broken[:5]}")
+
+
+def reason_of(error: Exception) -> str:
+    """First line of why a file could not be read, without PyTorch's advice to trust it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, or is no file of PyTorch's"
+    words = repr(error) if isinstance(error, KeyError) else f"{error}"
+    return words.partition("\n")[0] or type(error).__name__
 
 
 def shipped(kind: Kind) -> list[str]:

@@ -262,15 +262,17 @@ class Score:
     def run(self) -> None:
         """Scores the world and writes the report."""
         from wmgym.checkpoints import model_folder
-        from wmgym.worlds.checkpoints import load_model
+        from wmgym.worlds.checkpoints import load_world
         from wmgym.worlds.evaluate import METRICS, evaluate
-        from wmgym.worlds.latent_world import LatentWorld
 
         folder = model_folder("world", self.world)
         target = self.out or _beside(folder, "report.json")
-        world = LatentWorld(load_model(folder), name=folder.name)
         figures = evaluate(
-            world, self.data, windows=self.windows, horizon=self.horizon, seed=self.seed
+            load_world(folder),
+            self.data,
+            windows=self.windows,
+            horizon=self.horizon,
+            seed=self.seed,
         )
         _report(target, figures, self.seed)
         for name, scores in {"all": figures, **figures["datasets"]}.items():

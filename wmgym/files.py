@@ -40,6 +40,24 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def check_own(folder: Path, marker: str) -> None:
+    """Keeps a folder that is to be filled, and then removed, from being anyone else's.
+
+    Args:
+        folder: It need not exist.
+        marker: Name of the file that was the first to be written into our own.
+
+    Raises:
+        FileExistsError: It holds something, but no such file.
+    """
+    inside = sorted(path.name for path in folder.glob("*"))
+    if inside and not {marker, f"{marker}.part"}.intersection(inside):
+        raise FileExistsError(
+            f"{folder} holds {inside[:8]} and no {marker}, so it is of something else; remove it "
+            "or choose another folder"
+        )
+
+
 def complete_lines(path: Path) -> list[str]:
     """Lines, with their ends, of a file that is appended to; a killed write leaves half a line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []

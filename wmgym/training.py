@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wmgym.checkpoints import CheckpointError
+from wmgym.checkpoints import CheckpointError, reason_of
 from wmgym.data import FrameCache, open_dataset
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
@@ -148,7 +148,7 @@ class Run(Generic[ModelT]):
                 raise ValueError(f"it holds a {type(state).__name__}")
             before = json.loads(state["settings"])
             differ = [
-                f"{name} was {before.get(name)!r}, is {now!r}"
+                f"{name} was {repr(before[name]) if name in before else 'not told'}, is {now!r}"
                 for name, now in self.settings.items()
                 if before.get(name) != now
             ]
@@ -168,7 +168,7 @@ class Run(Generic[ModelT]):
             EOFError,
             pickle.UnpicklingError,
         ) as error:
-            reason = f"{error}".partition("\n")[0] or type(error).__name__
+            reason = reason_of(error)
             raise CheckpointError(
                 f"{path} is damaged, or of another shape ({reason}); remove it to start anew"
             ) from None
@@ -259,6 +259,11 @@ def settings_of(config: Any) -> dict[str, Any]:
     """A configuration as JSON values, without what a run may change when it goes on."""
     values = described(dataclasses.asdict(config))
     return {name: value for name, value in values.items() if name not in _FREE}
+
+
+def fingerprints(data: Sequence[Path]) -> list[str]:
+    """What changes when the datasets in folders do: a run goes on only with the same data."""
+    return [open_dataset(path).fingerprint()[:16] for path in data]
 
 
 def adamw(

@@ -35,6 +35,7 @@ from wmgym.training import (
     Run,
     adamw,
     check_validation_states,
+    fingerprints,
     seed_of,
     settings_of,
     split_caches,
@@ -190,9 +191,9 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
         module.requires_grad_(False)  # imitation says nothing about the noise
     model.to(device).train()
     average.to(device).eval()
-    return Run(
-        model, average, adamw(model, config.learning_rate, config.weight_decay), settings_of(config)
-    )
+    optimizer = adamw(model, config.learning_rate, config.weight_decay)
+    settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
+    return Run(model, average, optimizer, settings)
 
 
 def _new_model(config: SFTConfig) -> FlowVLA:

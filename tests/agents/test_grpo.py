@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
     longer = config(base, tmp_path / "parts", steps=5, film_every=5)
     grpo(longer, progress=False, **toy())
     assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5]
-    with pytest.raises(CheckpointError, match="steps was None, is 5; decay was False, is True"):
+    with pytest.raises(CheckpointError, match="steps was not told, is 5; decay was False, is True"):
         grpo(dataclasses.replace(longer, decay=True), progress=False, **toy())
 
 

@@ -89,6 +89,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_dataset, tmp_path, monkey
     monkeypatch.setattr(module, "split_caches", decoded)
     with pytest.raises(CheckpointError, match="other settings: seed was 0, is 5"):
         sft(config(tiny_dataset, tmp_path / "parts", seed=5), progress=False)
+    monkeypatch.setattr(module, "fingerprints", lambda data: ["of other data"])
+    with pytest.raises(CheckpointError, match=r"data_fingerprints was .* is \['of other data'\]"):
+        sft(config(tiny_dataset, tmp_path / "parts"), progress=False)
     monkeypatch.undo()
     watched = config(tiny_dataset, tmp_path / "parts", validation_windows=4, validate_every=2)
     assert sft(watched, progress=False) == parts

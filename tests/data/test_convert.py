@@ -113,10 +113,24 @@ def test_an_interrupted_conversion_goes_on(published_root, from_rlds, tmp_path, 
 def test_the_staging_area_of_something_else_is_left_alone(published_root, joined_root, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(joined_root, tmp_path / "out.staging" / "episode-000000")
+    with pytest.raises(FileExistsError, match=r"no source\.json, so it is of something else"):
+        convert_dataset(published_root, out, progress=False)
+    (tmp_path / "out.staging" / "source.json").write_text("{}")
     with pytest.raises(FileExistsError, match="staging area of something else"):
         convert_dataset(published_root, out, progress=False)
     with pytest.raises(FileExistsError, match="exists; remove it"):
         convert_dataset(published_root, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("ending", ["staging", "part"])
+def test_folders_of_others_are_not_removed(ending, published_root, from_rlds, tmp_path):
+    data = published_root if ending == "staging" else from_rlds
+    theirs = tmp_path / f"out.{ending}" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("not to be lost")
+    with pytest.raises(FileExistsError, match=rf"out\.{ending} holds \['notes\.txt'\] and no"):
+        convert_dataset(data, tmp_path / "out", progress=False)
+    assert theirs.read_text() == "not to be lost"
 
 
 def test_no_dataset_is_refused(tmp_path):

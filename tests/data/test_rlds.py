@@ -281,6 +281,20 @@ DAMAGE = {
         ),
         "is damaged",
     ),
+    "half a template": (
+        lambda f: rewrite(
+            f, splits=[{"name": "train", "shardLengths": ["1"], "filepathTemplate": "{X"}]
+        ),
+        r"dataset_info\.json is damaged",
+    ),
+    "no number of records": (
+        lambda f: rewrite(f, splits=[{"name": "train", "shardLengths": ["abc"]}]),
+        r"dataset_info\.json is damaged",
+    ),
+    "no shards": (
+        lambda f: rewrite(f, splits=[{"name": "train", "shardLengths": []}]),
+        "'train' has no shards",
+    ),
     "another file format": (
         lambda f: rewrite(f, fileFormat="array_record"),
         "'array_record', only 'tfrecord' is read",

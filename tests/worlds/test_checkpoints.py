@@ -165,10 +165,35 @@ def test_config_that_is_not_text(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("config", [{}, [], "world", {"family": "llama"}, {"model_type": "llama"}])
-def test_another_family(folder, config):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "no family"),
+        ([], "no family"),
+        ("world", "no family"),
+        ({"family": "other"}, "family='other'"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"_class_name": "AutoencoderKL"}, "_class_name='AutoencoderKL'"),
+    ],
+)
+def test_another_family(folder, config, said):
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"family=.*supported is 'wmgym-latent-world'"):
+    supported = "supported is family='wmgym-latent-world'; .* the published layout"
+    with pytest.raises(CheckpointError, match=f"says {said}; {supported}, model_type='llama'"):
+        load_model(folder)
+
+
+def test_a_folder_in_the_place_of_weights_is_named(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} cannot be read"):
+        load_model(folder)
+
+
+def test_weights_in_several_files_are_not_read(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} is missing, and the several files .*one"):
         load_model(folder)
 
 

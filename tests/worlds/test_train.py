@@ -91,13 +91,16 @@ def test_held_out_episodes_are_in_no_cache(finished):
     assert states == {"train": {0, 1, 2}, "validation": {25}}
 
 
-def test_a_run_goes_on_with_the_same_settings_only(tiny_dataset, tmp_path):
+def test_a_run_goes_on_with_the_same_settings_only(tiny_dataset, tmp_path, monkeypatch):
     train(config(tiny_dataset, tmp_path, steps=2, save_every=2), progress=False)
     changes = {"seed": 3, "learning_rate": 1e-4}
     for name, value in changes.items():
         with pytest.raises(CheckpointError, match=f"other settings: {name} was .* is {value}"):
             train(config(tiny_dataset, tmp_path, steps=2, **{name: value}), progress=False)
     train(config(tiny_dataset, tmp_path, steps=2, save_every=1, validate_every=1), progress=False)
+    monkeypatch.setattr(module, "fingerprints", lambda data: ["of other data"])
+    with pytest.raises(CheckpointError, match=r"data_fingerprints was .* is \['of other data'\]"):
+        train(config(tiny_dataset, tmp_path, steps=2), progress=False)
 
 
 def test_a_log_goes_on_where_the_run_does(tmp_path):
@@ -223,6 +226,7 @@ def test_a_damaged_checkpoint_is_refused(damage, finished, tiny_dataset, tmp_pat
     with pytest.raises(CheckpointError, match=rf"{checkpoint} is damaged.*remove it") as error:
         train(config(tiny_dataset, tmp_path), progress=False)
     assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
 
 
 # --- where it starts from -----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from wmgym.data.lerobot import LeRobotDataset
 from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.data.opening import open_dataset
 from wmgym.data.rlds_writer import write_rlds
-from wmgym.files import write_text
+from wmgym.files import check_own, write_text
 from wmgym.spaces import CONTROL_HZ
 
 _SOURCE = "source.json"
@@ -47,7 +47,7 @@ def convert_dataset(
 
     Raises:
         DatasetError: `data` holds no dataset, or a damaged one.
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists, or where it is prepared something else lies.
         ValueError: What the new format cannot hold: a bad name of `out_dir`, pictures of odd size.
     """
     dataset = open_dataset(data)
@@ -102,11 +102,12 @@ def _staged(staging: Path, dataset: Dataset, wrist: bool) -> set[str]:
     source = staging / _SOURCE
     data = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else repr(dataset.episodes)
     mine = {"data": data, "wrist": wrist}
+    check_own(staging, _SOURCE)
     names = set(staged_names(staging))
     if not names:
         staging.mkdir(parents=True, exist_ok=True)
         write_text(source, json.dumps(mine))
-    elif not source.exists() or json.loads(source.read_text()) != mine:
+    elif json.loads(source.read_text()) != mine:
         raise FileExistsError(
             f"{staging} is the staging area of something else; remove it or choose another folder"
         )

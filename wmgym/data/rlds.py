@@ -192,12 +192,18 @@ def _shards(folder: Path, document: dict[str, Any], split: str) -> list[tuple[Pa
             raise DatasetError(f"{where}: split={split!r}, allowed are {', '.join(splits)}")
         entry = splits[split]
         lengths = [int(length) for length in entry["shardLengths"]]
+        if not lengths:
+            raise DatasetError(
+                f"{where}: the split {split!r} has no shards; make or download it again"
+            )
         template = entry.get("filepathTemplate", fmt.SHARD_TEMPLATE)
         names = [
             fmt.shard_name(template, document["name"], split, i, len(lengths))
             for i in range(len(lengths))
         ]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except DatasetError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DatasetError(f"{where} is damaged: {error!r}") from error
     return [(folder / name, length) for name, length in zip(names, lengths, strict=True)]
 

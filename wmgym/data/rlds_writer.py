@@ -36,7 +36,7 @@ from wmgym.data import tf_example
 from wmgym.data.episodes import Dataset, DatasetError, Episode, EpisodeInfo
 from wmgym.data.frame_cache import Fingerprinted
 from wmgym.data.tfrecord import OVERHEAD, index_records, write_record
-from wmgym.files import write_text
+from wmgym.files import check_own, write_text
 
 _PROGRESS = "writing.json"
 _TOLERANCE = 1e-4
@@ -91,7 +91,7 @@ def write_rlds(
 
     Raises:
         ValueError: A bad name or number, no episodes, or episodes that differ in cameras or sizes.
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists, or `<out_dir>.part` holds something else.
         DatasetError: The dataset's files are damaged.
         OSError: The disk is full, and the like; what was written counts when started again.
     """
@@ -111,8 +111,8 @@ def write_rlds(
     write_text(folder / fmt.FEATURES_PATH, json.dumps(features, indent=2))
     info = fmt.info_document(out.name, lengths, sum(sizes) - OVERHEAD * sum(lengths))
     write_text(folder / fmt.INFO_PATH, json.dumps(info, indent=2))
-    (part / _PROGRESS).unlink()
     part.replace(out)
+    (out / _PROGRESS).unlink()
     return out
 
 
@@ -192,6 +192,7 @@ def _fingerprint(dataset: Dataset, options: tuple[object, ...]) -> str:
 
 def _begin(part: Path, fingerprint: str) -> None:
     """Keeps what an interrupted writer of the same data left in `part`, and nothing else."""
+    check_own(part, _PROGRESS)
     progress = part / _PROGRESS
     if not progress.exists() or json.loads(progress.read_text()) != fingerprint:
         shutil.rmtree(part, ignore_errors=True)

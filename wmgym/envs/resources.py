@@ -2,7 +2,7 @@
 
 A thousand environments of one world share its weights: the caches below are keyed by what decides
 the loaded object, so `gym.make` in a loop or a vector of single environments costs no memory. When
-its files were written is part of that: a world trained anew into the same folder is loaded anew.
+its files were written is part of that: what was trained or edited since is loaded anew.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def resolve_world(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
     if isinstance(world, (str, os.PathLike)):
-        from wmgym.checkpoints import WEIGHTS
-        from wmgym.worlds.checkpoints import world_folder
+        from wmgym.worlds.checkpoints import world_files, world_folder
 
         folder = world_folder(os.fspath(world)).resolve()
-        return _load_world(folder, _written(folder / WEIGHTS), resolve_device(device), dtype)
+        named = folder if Path(world).is_dir() else os.fspath(world)
+        written = tuple((path, _written(path)) for path in world_files(folder))
+        return _load_world(named, written, resolve_device(device), dtype)
     needed = (*World.__annotations__, "start", "step", "select")
     missing = [name for name in needed if not hasattr(world, name)]
     if missing:
@@ -101,10 +102,12 @@ def _written(path: Path) -> int:
 
 
 @lru_cache(maxsize=4)
-def _load_world(folder: Path, written: int, device: torch.device, dtype: str) -> World:
+def _load_world(
+    world: str | Path, written: tuple[tuple[Path, int], ...], device: torch.device, dtype: str
+) -> World:
     from wmgym.worlds.checkpoints import load_world
 
-    return load_world(folder, device=device, dtype=dtype)
+    return load_world(world, device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=8)

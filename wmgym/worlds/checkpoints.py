@@ -24,7 +24,7 @@ from wmgym.checkpoints import (
 from wmgym.worlds.dynamics import DynamicsConfig
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.tokenizer import TokenizerConfig
-from wmgym.worlds.tokens.load import fetch, is_published, load_token_world
+from wmgym.worlds.tokens.load import fetch, files_beside, is_published, load_token_world
 from wmgym.worlds.world import World
 
 FAMILY = "wmgym-latent-world"
@@ -93,6 +93,11 @@ def world_folder(world: str | Path) -> Path:
     if name in shipped("world") or Path(world).is_dir() or name.count("/") != 1:
         return model_folder("world", world)
     return fetch(name)
+
+
+def world_files(folder: Path) -> list[Path]:
+    """The files that the world in a folder may be made of, there or not."""
+    return [folder / CONFIG, folder / WEIGHTS, *files_beside(folder)]
 
 
 def load_world(

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from wmgym.data import Dataset, StoredDataset, open_dataset
 from wmgym.data.frame_cache import resize
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.worlds.latent_world import LatentWorld
 from wmgym.worlds.metrics import mse, psnr, ssim
+from wmgym.worlds.tokens.token_world import TokenWorld
+from wmgym.worlds.world import World
 
 METRICS = ("mse", "psnr", "ssim", "lpips")
 MAX_PSNR = 60.0
@@ -97,7 +98,7 @@ def compare(drawn: Tensor, real: Tensor, lpips: LPIPS) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    world: LatentWorld,
+    world: World[Any],
     datasets: Sequence[str | Path],
     *,
     windows: int = 200,
@@ -108,7 +109,7 @@ def evaluate(
     """Scores a world on held-out episodes.
 
     Args:
-        world: The world.
+        world: A world of one of the two families.
         datasets: Folders of LeRobot v3 or RLDS datasets with held-out episodes.
         windows: Windows per dataset.
         horizon: Control steps imagined open loop.
@@ -143,8 +144,17 @@ def evaluate(
     return {**_means(everything), "per_step": per_step, "datasets": by_dataset}
 
 
+def _redrawn(world: Any, last: Tensor, future: Tensor, proprio: Tensor) -> Tensor:
+    """Frames `(B, T, 3, H, W)` as the tokenizer draws what it read of them, given the context."""
+    if isinstance(world, TokenWorld):
+        clips = torch.cat([last[:, None], future], 1).to(world.device).split(1)
+        drawn = [world.tokenizer.decode(*world.tokenizer.encode(clip))[:, 1:] for clip in clips]
+        return torch.cat(drawn).clamp(0, 1)
+    return world.redraw(last, future, proprio)
+
+
 def _score(
-    world: LatentWorld,
+    world: World[Any],
     dataset: Dataset,
     places: Sequence[tuple[int, int]],
     horizon: int,
@@ -157,7 +167,7 @@ def _score(
     )
     last, future = frames[:, past - 1], frames[:, past:]
     _, imagined = world.step(world.start(frames[:, :past], proprio[:, :past]), actions)
-    redrawn = world.redraw(last, future, proprio[:, past - 1 :])
+    redrawn = _redrawn(world, last, future, proprio[:, past - 1 :])
     pictures = {
         "": imagined.frames.flatten(0, 1).cpu(),
         "copy_": last.repeat_interleave(horizon, 0),

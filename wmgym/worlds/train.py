@@ -34,6 +34,7 @@ from wmgym.training import (
     Run,
     adamw,
     check_validation_states,
+    fingerprints,
     settings_of,
     split_caches,
     warmup_cosine,
@@ -123,9 +124,9 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Wor
     average.requires_grad_(False)
     model.to(device)
     average.to(device)
-    return Run(
-        model, average, adamw(model, config.learning_rate, config.weight_decay), settings_of(config)
-    )
+    optimizer = adamw(model, config.learning_rate, config.weight_decay)
+    settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
+    return Run(model, average, optimizer, settings)
 
 
 def _fit_scales(model: LatentWorldModel, cache: FrameCache) -> None:

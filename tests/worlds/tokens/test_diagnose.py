@@ -13,6 +13,7 @@ import tiny
 from published_train_tiny import DYNAMICS, dynamics_training, random_tokenizer
 
 from wmgym import cli
+from wmgym.data import convert_dataset
 from wmgym.data.lerobot_writer import assemble, stage_episode
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.diagnose import DiagnosisConfig, _others, diagnose, summary, verdict
@@ -106,6 +107,15 @@ def test_a_world_that_does_not_listen_fits_neither(data, tmp_path, monkeypatch, 
     assert report["command"].startswith("wmgym diagnose --world")
     assert report["seed"] == 0
     assert "neither convention is better" in capsys.readouterr().out
+
+
+def test_rlds_is_read_like_lerobot(data, tmp_path):
+    world = tmp_path / "world"
+    random_tokenizer(world / "tokenizer")
+    TokenDynamics(DYNAMICS).save_pretrained(world)
+    rlds = convert_dataset(data, tmp_path / "colours", progress=False)
+    losses = [ask(world, folder, windows=4)["losses"]["raw"]["own"] for folder in (data, rlds)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
 
 
 def test_the_verdict_is_that_of_the_intervals():

@@ -188,7 +188,17 @@ def test_noise_is_uniform_and_a_matter_of_its_key():
     assert keys_of(same, 1)[0] != keys_of(same, 2)[0]
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "beam"}, {"top_p": 0.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "beam"},
+        {"top_p": 0.0},
+        {"temperature": 0.0},
+        {"seed": 2**70},
+        {"seed": -1},
+        {"seed": 1.5},
+    ],
+)
 def test_unknown_ways_of_choosing_are_refused(wrong):
     with pytest.raises(ValueError, match="allowed are"):
         Decoding(**wrong)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
+import gymnasium as gym
 import mended_torchvision  # noqa: F401 - before transformers imports it
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,8 +15,10 @@ from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer
 from safetensors.torch import load_file, save_file
 
 from wmgym.checkpoints import CheckpointError
+from wmgym.envs.resources import resolve_world
 from wmgym.extras import MissingExtraError
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics, load_token_world, load_world
+from wmgym.worlds.evaluate import evaluate
 from wmgym.worlds.tokens import folders
 from wmgym.worlds.tokens.action_tokens import PUBLISHED_RANGES, ActionTokens
 from wmgym.worlds.tokens.token_world import TokenWorld
@@ -71,11 +76,32 @@ def test_every_key_must_be_there_and_no_other(kind):
         ("dynamics", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
         ("dynamics", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ("dynamics", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ("dynamics", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is list"),
+        ("dynamics", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x': expected float"),
+        ("dynamics", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "0.5} are not supported"),
+        ("dynamics", {"partial_rotary_factor": 0.5}, "0.5} are not supported"),
+        (
+            "dynamics",
+            {"model_type": "mistral"},
+            "model_type='mistral' is not supported, 'llama' is",
+        ),
+        ("dynamics", {"hidden_size": -32}, "hidden_size=-32: must be >= 1"),
+        ("dynamics", {"hidden_size": 10**12}, "config.json: "),
+        ("dynamics", {"head_dim": 7}, "width 7: rotary positions need an even one"),
+        ("dynamics", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': expected float"),
+        ("dynamics", {"max_position_embeddings": None}, "None: expected int"),
+        ("dynamics", {"num_key_value_heads": 0}, "kv_heads=0: must be >= 1"),
         ("dynamics", {"num_key_value_heads": 3}, "multiple"),
         ("tokenizer", {"context_length": 2}, "context_length=2 is not supported, 1 is"),
         ("tokenizer", {"norm_type": "spatial"}, "norm_type"),
         ("tokenizer", {"dyn_fsq_levels": 9}, "allowed are"),
         ("tokenizer", {"resolution": 30}, "multiple of 8"),
+        ("tokenizer", {"resolution": [32, 32]}, r"resolution=\[32, 32\]: expected int"),
+        ("tokenizer", {"latent_channels": 8.0}, r"latent_channels=8\.0: expected int"),
+        ("tokenizer", {"block_out_channels": [30, 30], "norm_num_groups": 10}, "multiple of 4"),
+        ("tokenizer", {"block_out_channels": [30, 32]}, "multiples of norm_num_groups=32"),
+        ("tokenizer", {"norm_num_groups": 0}, "norm_num_groups=0: must be >= 1"),
+        ("tokenizer", {"_class_name": "AutoencoderKL"}, "'CompressiveVQModelFSQ' is"),
     ],
 )
 def test_what_is_not_computed_is_refused(name, change, said, tmp_path):
@@ -145,6 +171,57 @@ def test_tokens_and_shapes_that_do_not_fit_are_refused():
         model.decode(context.repeat(1, 2, 1), later)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda x: x * 255, ValueError, r"frames are 0 \.\.\. 255, expected 0 \.\.\. 1: divide"),
+        (lambda x: x * torch.nan, ValueError, "frames are nan"),
+        (
+            lambda x: x.to(torch.uint8),
+            TypeError,
+            r"frames are torch\.uint8, expected floats: frames",
+        ),
+        (lambda x: x.numpy(), TypeError, "frames are ndarray"),
+        (lambda x: x[:0], ValueError, r"shape \(0, 2, 3, 32, 32\), expected .* B >= 1"),
+    ],
+)
+def test_frames_that_are_none_are_refused(change, error, said):
+    frames = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(1, 2, 3, 32, 32)
+    with pytest.raises(error, match=said):
+        tokenizer().encode(change(frames))
+    tokens = tokenizer().encode(frames)
+    for again, first in zip(tokenizer().encode(frames.double()), tokens, strict=True):
+        assert torch.equal(again, first)
+
+
+def test_tokens_that_are_none_are_refused():
+    context, later = torch.zeros(1, 1, 256).long(), torch.zeros(1, 2, 16).long()
+    with pytest.raises(TypeError, match=r"dynamics tokens are torch\.float32, expected .*integers"):
+        tokenizer().decode(context, later.float())
+    with pytest.raises(ValueError, match="dynamics tokens have shape"):
+        tokenizer().decode(context, later[0, 0])
+    with pytest.raises(ValueError, match="context tokens have shape"):
+        tokenizer().decode(context[:0], later[:0])
+    with pytest.raises(TypeError, match=r"tokens are torch\.float32, expected .* integers"):
+        dynamics().logits(torch.zeros(1, 4))
+    with pytest.raises(TypeError, match="tokens are ndarray"):
+        dynamics().logits(np.zeros((1, 4), np.int64))
+
+
+def test_weights_that_could_not_be_read_are_not_written(kind, tmp_path):
+    _, model, *_ = kind
+    next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="NaN or infinity are not written"):
+        model.save_pretrained(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_new_tokenizer_gives_the_same_tokens_twice():
+    frames = torch.rand(1, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = CompressiveTokenizer(TOKENIZER)
+    assert torch.equal(model.encode(frames)[1], model.encode(frames)[1])
+
+
 def test_clips_without_later_frames(tmp_path):
     frames, *_ = clips(2)
     context, later = tokenizer().encode(frames)
@@ -179,13 +256,15 @@ def test_ids_on_the_hub_need_its_package(monkeypatch, tmp_path):
         raise MissingExtraError(f"{module}: pip install 'wmgym[{extra}]'")
 
     monkeypatch.setattr(folders, "require", missing)
-    with pytest.raises(MissingExtraError, match=r"wmgym\[hub\]"):
+    with pytest.raises(MissingExtraError, match=r"no folder VLA-RFT/.*wmgym\[hub\]"):
         load_world("VLA-RFT/WorldModel-Libero-Object")
     with pytest.raises(CheckpointError, match="neither a folder nor"):
         TokenDynamics.from_pretrained("nowhere")
 
 
-def test_worlds_on_the_hub_bring_their_tokenizer(monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What is asked of a hub with a world and its tokenizer."""
     repositories = {
         "owner/WorldModel-Libero-Object": tmp_path / "a",
         "owner/WorldModel-Tokenizer": tmp_path / "b",
@@ -203,11 +282,42 @@ def test_worlds_on_the_hub_bring_their_tokenizer(monkeypatch, tmp_path):
             return str(repositories[name])
 
     monkeypatch.setattr(folders, "require", lambda module, extra: Hub)
+    return asked
+
+
+def test_worlds_on_the_hub_bring_their_tokenizer(hub):
     assert load_world("owner/WorldModel-Libero-Object").name == "WorldModel-Libero-Object"
-    assert {name for name, _ in asked} == repositories.keys()
-    assert all("*" not in pattern for _, patterns in asked for pattern in patterns)
+    assert {name for name, _ in hub} == {
+        "owner/WorldModel-Libero-Object",
+        "owner/WorldModel-Tokenizer",
+    }
+    assert all("*" not in pattern for _, patterns in hub for pattern in patterns)
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         load_world("owner/Nothing")
+
+
+def test_environments_are_made_of_worlds_on_the_hub(hub):
+    env = gym.make("wmgym:WorldModel-LIBERO-v0", world="owner/WorldModel-Libero-Object")
+    assert env.observation_space["image"].shape == (32, 32, 3)
+    assert "owner/WorldModel-Tokenizer" in {name for name, _ in hub}
+
+
+def test_environments_see_a_world_that_was_edited(tmp_path):
+    folder = save(tmp_path / "object")
+    before = resolve_world(folder, "cpu", "float32")
+    assert resolve_world(folder, "cpu", "float32") is before
+    for name in (
+        "config.json",
+        "actions.json",
+        "tokenizer/config.json",
+        "tokenizer/diffusion_pytorch_model.safetensors",
+        "../libero_action_ranges.pth",
+    ):
+        (folder / name).touch()
+        os.utime(folder / name, ns=(0, 1))
+        after = resolve_world(folder, "cpu", "float32")
+        assert after is not before, name
+        before = after
 
 
 def test_ranges_of_actions(tmp_path, caplog):
@@ -223,13 +333,27 @@ def test_ranges_of_actions(tmp_path, caplog):
     described = ActionTokens(action_space="normalised", quantiles=quantiles)
     described.save(tmp_path)
     assert load_token_world(tmp_path).actions == described
-    (tmp_path / "actions.json").write_text('{"ranges": [[0, 1]]}')
-    with pytest.raises(CheckpointError, match="expected 7 pairs"):
-        load_token_world(tmp_path)
+    for told, said in (
+        ({"ranges": [[0, 1]]}, "expected 7 pairs"),
+        ({"bins": 0}, "bins=0: allowed are integers >= 1"),
+        ({"bins": 25.5}, r"bins=25\.5: allowed"),
+        ({"quantiles": [[1, -1]] * 6}, "q01 first"),
+        ({"quantiles": [[float("nan"), 1]] * 6}, "q01 first"),
+    ):
+        (tmp_path / "actions.json").write_text(json.dumps(told))
+        with pytest.raises(CheckpointError, match=said):
+            load_token_world(tmp_path)
     (tmp_path / "actions.json").unlink()
     (tmp_path / "libero_action_ranges.pth").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="ranges of actions"):
         load_token_world(tmp_path)
+
+
+def test_published_worlds_are_scored(tmp_path, tiny_dataset):
+    world = load_world(save(tmp_path / "world"))
+    report = evaluate(world, [tiny_dataset], windows=2, horizon=2, progress=False)
+    assert all(np.isfinite(value) for name, value in report.items() if name.endswith("psnr"))
+    assert report["tokenizer_psnr"] != report["psnr"]
 
 
 def test_bins_are_those_of_the_release():

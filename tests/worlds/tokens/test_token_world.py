@@ -11,6 +11,7 @@ import pytest
 import torch
 from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer, world
 
+from wmgym.worlds import CompressiveTokenizer, TokenDynamics
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
@@ -190,6 +191,15 @@ def test_bfloat16_draws_nearly_the_same(shared):
     tokens = torch.randint(4375, (1, 3, 16), generator=torch.Generator().manual_seed(0))
     one, other = (w._draw(state.prefix, tokens) for w in (shared, rough))
     assert (one - other).abs().mean() < 0.02
+
+
+def test_networks_are_copied_once_and_left_as_they_are():
+    parts = (CompressiveTokenizer(TOKENIZER).train(), TokenDynamics(DYNAMICS).train())
+    one = TokenWorld(*parts, ActionTokens(), name="tiny")
+    for part in parts:
+        assert part.training
+        assert all(weight.requires_grad for weight in part.parameters())
+    assert one._painter is one.tokenizer is not parts[0]
 
 
 def test_wrong_shapes_are_refused(shared):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,23 @@ def test_tokens_are_kept_on_disk_where_they_never_change(finished, tokenizer, tm
     assert torch.equal(looked.sequences([0]), expected[1:2])
 
 
+def test_a_disk_without_room_for_the_tokens_is_an_error(finished, tokenizer, tmp_path):
+    frozen = CompressiveTokenizer.from_pretrained(tokenizer)
+    clips = Clips(FrameCache.open(finished / "cache" / "train"), 3, 0, CPU)
+    WindowTokens(clips, frozen, ActionTokens(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= file.stat().st_size == 2 * len(clips) * 76
+    file.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"the tokens of all windows take .*{file}"):
+            WindowTokens(clips, frozen, ActionTokens(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sequences_are_those_of_the_world(finished, tokenizer):
     """Context, first frame and actions stand where generation expects them."""
     clips = Clips(FrameCache.open(finished / "cache" / "train"), 3, 0, CPU)
@@ -225,7 +244,6 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
         steps=1,
         learning_rate=1e-7,
         init_from=str(finished / "world"),
-        ranges="published",
         dynamics=dataclasses.replace(DYNAMICS, hidden_size=64),
     )
     world = train_dynamics(config, progress=False)
@@ -234,6 +252,49 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
     for name, weight in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-5, rtol=0)
     assert ActionTokens.load(world) == ActionTokens.load(finished / "world")
+
+
+def test_what_is_said_of_actions_goes_before_those_of_init_from(
+    finished, tiny_dataset, tokenizer, tmp_path
+):
+    config = dynamics_training(
+        tiny_dataset,
+        tmp_path,
+        tokenizer,
+        steps=1,
+        init_from=str(finished / "world"),
+        action_space="normalised",
+        ranges="published",
+    )
+    world = train_dynamics(config, progress=False)
+    actions = ActionTokens.load(world)
+    assert (actions.action_space, actions.ranges) == ("normalised", PUBLISHED_RANGES)
+    notes = json.loads((world / "training.json").read_text())
+    assert (notes["action_space"], notes["ranges"]) == ("normalised", "published")
+    assert notes["actions"]["quantiles"] == [list(pair) for pair in actions.quantiles]
+
+
+def test_a_run_goes_on_with_the_same_data_and_tokenizer_only(tiny_dataset, tokenizer, tmp_path):
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    mine = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    config = dynamics_training(data, tmp_path / "run", mine, steps=1)
+    train_dynamics(config, progress=False)
+    longer = dataclasses.replace(config, steps=2)
+    data.rename(tmp_path / "before")
+    tiny.write_dataset(tmp_path / "other", length=7).rename(data)
+    with pytest.raises(CheckpointError, match=r"data_fingerprints was \['\w+'\], is \['\w+'\]"):
+        train_dynamics(longer, progress=False)
+    data.rename(tmp_path / "after")
+    (tmp_path / "before").rename(data)
+    model = CompressiveTokenizer.from_pretrained(mine)
+    model.quant_linear.bias.add_(0.1)
+    model.save_pretrained(mine)
+    with pytest.raises(CheckpointError, match=r"other settings: tokenizer_digest was '\w+', is"):
+        train_dynamics(longer, progress=False)
+    shutil.rmtree(mine)
+    shutil.copytree(tokenizer, mine)
+    train_dynamics(longer, progress=False)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -246,6 +307,9 @@ def test_init_from_goes_on_with_a_world_and_its_actions(
         ({"ranges": "mine"}, "ranges='mine': allowed are"),
         ({"sharding": "ddp"}, "sharding='ddp': allowed are"),
         ({"validate_every": 0}, "validate_every=0"),
+        ({"clip": -1.0}, r"clip=-1\.0: must be > 0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be > 0"),
+        ({"warmup": -1}, "warmup=-1: must be >= 0"),
     ],
 )
 def test_a_recipe_refuses_nonsense(changes, named, tmp_path):

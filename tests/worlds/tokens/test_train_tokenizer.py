@@ -154,6 +154,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tiny_dataset, tmp
         assert log(tmp_path, group) == log(finished, group)
     with pytest.raises(CheckpointError, match="other settings: micro_batch was 1, is 2"):
         train_tokenizer(dataclasses.replace(config, micro_batch=2), progress=False)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    told = {k: v for k, v in json.loads(state["settings"]).items() if k != "data_fingerprints"}
+    torch.save(state | {"settings": json.dumps(told)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="data_fingerprints was not told, is"):
+        train_tokenizer(config, progress=False)
 
 
 def test_init_from_takes_weights_and_shape(finished, tiny_dataset, tmp_path):

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.checkpoints import CheckpointError
+from wmgym.checkpoints import CheckpointError, reason_of
 from wmgym.files import write_text
 from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.folders import read_json
@@ -55,7 +55,8 @@ class ActionTokens:
         bins: Bins of a dimension.
 
     Raises:
-        ValueError: Unknown convention, ranges that are none, or quantiles missing.
+        ValueError: Unknown convention, ranges or quantiles that are none, quantiles missing, or
+            bins that cannot be counted.
     """
 
     ranges: tuple[tuple[float, float], ...] = PUBLISHED_RANGES
@@ -72,13 +73,17 @@ class ActionTokens:
             raise ValueError(
                 f"ranges={self.ranges}: expected {ACTION_DIM} pairs (least, largest), least first"
             )
-        if self.action_space == "normalised" and (
-            self.quantiles is None or len(self.quantiles) != ACTION_DIM - 1
+        pairs = self.quantiles
+        if (pairs is None and self.action_space == "normalised") or (
+            pairs is not None
+            and (len(pairs) != ACTION_DIM - 1 or any(not low <= high for low, high in pairs))
         ):
             raise ValueError(
                 f"action_space='normalised' needs quantiles, {ACTION_DIM - 1} pairs (q01, q99) of "
-                f"raw actions; given {self.quantiles}"
+                f"raw actions, q01 first; given {pairs}"
             )
+        if not isinstance(self.bins, int) or self.bins < 1:
+            raise ValueError(f"bins={self.bins!r}: allowed are integers >= 1")
 
     def encode(self, actions: Tensor) -> Tensor:
         """Bins `(..., 7)` int64 in `0 ... bins - 1` of LIBERO's actions `(..., 7)`."""
@@ -120,7 +125,8 @@ class ActionTokens:
                 values = np.asarray(table, np.float64).reshape(ACTION_DIM, 2)
                 return cls(tuple((float(a), float(b)) for a, b in values))
         except (*_DAMAGED, OSError) as error:
-            raise CheckpointError(f"the ranges of actions in {folder}: {error}") from None
+            reason = reason_of(error)
+            raise CheckpointError(f"the ranges of actions in {folder}: {reason}") from None
         return cls()
 
     def _columns(

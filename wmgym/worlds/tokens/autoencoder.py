@@ -78,6 +78,11 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, tokens: int, groups: int) -> None:
         super().__init__()
+        if width % _CROSS_HEADS:
+            raise ValueError(
+                f"block_out_channels has {width}, where the context is looked at: must be a "
+                f"multiple of {_CROSS_HEADS}"
+            )
         self.kv_pos_emb = nn.Parameter(torch.zeros(tokens, width))
         self.q_pos_emb = nn.Parameter(torch.zeros(tokens, width))
         self.att = nn.MultiheadAttention(

@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
-from wmgym.worlds.tokens.vocabulary import Vocabulary
+from wmgym.worlds.tokens.vocabulary import Vocabulary, check_integers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WRITTEN_AS = {"_class_name": "CompressiveVQModelFSQ", "_diffusers_version": "0.33.1"}
+_SLACK = 1e-3  # resizing may leave 0 ... 1 by rounding
+_WRITTEN_AS = {"_diffusers_version": "0.33.1"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class CompressiveTokenizerConfig(Described):
         lookup_from_codebook: Not used, kept for other readers.
     """
 
+    kind = ("_class_name", "CompressiveVQModelFSQ")
+
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
@@ -86,6 +90,8 @@ class CompressiveTokenizerConfig(Described):
     lookup_from_codebook: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, ">= 1", "layers_per_block", "latent_channels", "norm_num_groups")
+        check_numbers(self, ">= 1", "max_att_resolution", "resolution", "patch_size")
         count = len(self.block_out_channels)
         self.require(in_channels=3, out_channels=3, act_fn="silu", norm_type="group")
         self.require(context_length=1)
@@ -95,6 +101,11 @@ class CompressiveTokenizerConfig(Described):
             raise ValueError(
                 f"vq_fsq_levels={self.vq_fsq_levels}, dyn_fsq_levels={self.dyn_fsq_levels}: "
                 f"allowed are {sorted(LEVELS)}"
+            )
+        if not count or any(w < 1 or w % self.norm_num_groups for w in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels}: expected positive multiples of "
+                f"norm_num_groups={self.norm_num_groups}"
             )
         unit = self.patch_size << (count - 1)
         if self.resolution % unit:
@@ -122,6 +133,8 @@ class CompressiveTokenizerConfig(Described):
 class CompressiveTokenizer(nn.Module):
     """Frames to tokens and back; see the module docstring.
 
+    It starts in evaluation mode: in training mode dropout makes tokens random.
+
     Args:
         config: Its shape, or the JSON object of a `config.json` with it.
     """
@@ -146,6 +159,7 @@ class CompressiveTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(code, c.latent_channels, 1)
         self.quant_linear = nn.Linear(patch, dynamics_code)
         self.post_quant_linear = nn.Linear(dynamics_code, patch)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CompressiveTokenizer:
@@ -160,8 +174,17 @@ class CompressiveTokenizer(nn.Module):
         return read_model(cls, CompressiveTokenizerConfig, folder, WEIGHTS)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes such a folder."""
-        write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
+        """Writes such a folder.
+
+        Raises:
+            FloatingPointError: A weight is NaN or infinite; nothing is written.
+        """
+        write_model(
+            self,
+            self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS,
+            Path(folder),
+            WEIGHTS,
+        )
 
     def vocabulary(self, bins: int) -> Vocabulary:
         """What tokens of this tokenizer, and of actions in `bins` bins, mean."""
@@ -183,9 +206,16 @@ class CompressiveTokenizer(nn.Module):
             Context tokens `(B, 1, N)` and dynamics tokens `(B, T - 1, n)`, int64.
 
         Raises:
-            ValueError: Frames of another shape.
+            TypeError: No tensor of floats.
+            ValueError: Frames of another shape or range, or NaN.
         """
-        self._check_frames(frames)
+        frames = self._checked(frames)
+        low, high = (float(bound) for bound in frames.aminmax())
+        if not (low >= -_SLACK and high <= 1 + _SLACK):
+            raise ValueError(
+                f"frames are {low:.3g} ... {high:.3g}, expected 0 ... 1: divide bytes by 255, clip "
+                "what was decoded"
+            )
         tokens, features = self.look(frames[:, 0])
         later = frames[:, 1:]
         count = later.shape[1]
@@ -204,10 +234,11 @@ class CompressiveTokenizer(nn.Module):
             `(B, T, 3, H, W)` float, the context first, not clipped to [0, 1].
 
         Raises:
+            TypeError: No tensors of integers.
             ValueError: Tokens of another shape, or outside the codes.
         """
-        count = dynamics_tokens.shape[1]
         self._check(context_tokens, dynamics_tokens)
+        count = dynamics_tokens.shape[1]
         first = self.draw_context(context_tokens[:, 0])[:, None]
         canvas = [f.repeat_interleave(count, 0) for f in self.canvas(context_tokens[:, 0])]
         later = self.draw(dynamics_tokens.flatten(0, 1), canvas) if count else first[:0]
@@ -223,9 +254,10 @@ class CompressiveTokenizer(nn.Module):
             The same shape, not clipped; the gradient passes straight through the rounding.
 
         Raises:
+            TypeError: No tensor of floats.
             ValueError: Frames of another shape.
         """
-        self._check_frames(frames)
+        frames = self._checked(frames)
         later, count = frames[:, 1:].flatten(0, 1), frames.shape[1] - 1
         latents, seen = self.encoder(frames[:, 0])
         codes = self.fsq.quantize(self.quant_conv(latents).movedim(1, -1)).movedim(-1, 1)
@@ -277,22 +309,34 @@ class CompressiveTokenizer(nn.Module):
         codes = self.fsq.decode(context_tokens).to(self.post_quant_conv.weight.dtype)
         return self.post_quant_conv(codes.unflatten(1, (side, side)).movedim(-1, 1))
 
-    def _check_frames(self, frames: Tensor) -> None:
+    def _checked(self, frames: Tensor) -> Tensor:
+        """Frames in the arithmetic of the weights."""
+        if not isinstance(frames, Tensor) or not frames.is_floating_point():
+            given = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+            raise TypeError(f"frames are {given}, expected floats: frames.float() / 255 of bytes")
         side = self.config.resolution
-        if frames.ndim != 5 or frames.shape[1] < 1 or frames.shape[2:] != (3, side, side):
+        if frames.ndim != 5 or 0 in frames.shape or frames.shape[2:] != (3, side, side):
             raise ValueError(
-                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side})"
+                f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, {side}, {side}), "
+                "B >= 1 and T >= 1"
             )
+        return frames.to(self.quant_conv.weight.dtype)
 
     def _check(self, context_tokens: Tensor, dynamics_tokens: Tensor) -> None:
         for name, tokens, each, codes in (
             ("context", context_tokens, self.config.context_tokens, self.fsq.codes),
             ("dynamics", dynamics_tokens, self.config.dynamics_tokens, self.dynamics_fsq.codes),
         ):
-            if tokens.ndim != 3 or len(tokens) != len(context_tokens) or tokens.shape[2] != each:
+            check_integers(f"{name} tokens", tokens)
+            if (
+                tokens.ndim != 3
+                or not len(tokens)
+                or len(tokens) != len(context_tokens)
+                or tokens.shape[2] != each
+            ):
                 raise ValueError(
                     f"{name} tokens have shape {tuple(tokens.shape)}, expected "
-                    f"({len(context_tokens)}, T, {each})"
+                    f"({len(context_tokens) or 'B >= 1'}, T, {each})"
                 )
             if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < codes:
                 raise ValueError(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmgym.data import LeRobotDataset
+from wmgym.data import StoredDataset, open_dataset
 from wmgym.data.statistics import read_numbers
 from wmgym.distributed import processes
 from wmgym.worlds.evaluate import read_windows
@@ -42,7 +42,7 @@ class DiagnosisConfig:
 
     Attributes:
         world: Folder of the world, or its id on the hub.
-        data: Folder of a LeRobot v3 dataset of the kind it was trained on.
+        data: Folder of a LeRobot v3 or RLDS dataset of the kind it was trained on.
         tokenizer: Folder, or id, of the tokenizer; None looks where `load_token_world` does.
         out: The report.
         windows: Random windows.
@@ -92,7 +92,7 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
         ValueError: No episode is long enough, or fewer than two windows.
     """
     tokenizer, dynamics, stored = load_parts(config.world, tokenizer=config.tokenizer)
-    dataset = LeRobotDataset(config.data)
+    dataset = open_dataset(config.data)
     horizon, side = config.frames - 1, tokenizer.config.resolution
     rng = np.random.default_rng(config.seed)
     places = _places(dataset, horizon, config.windows, rng)
@@ -191,7 +191,7 @@ def _shown(interval: dict[str, float]) -> str:
     return f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
-def _conventions(stored: ActionTokens, dataset: LeRobotDataset) -> dict[str, ActionTokens]:
+def _conventions(stored: ActionTokens, dataset: StoredDataset) -> dict[str, ActionTokens]:
     """Both conventions over the checkpoint's ranges."""
     quantiles = stored.quantiles
     if quantiles is None:
@@ -204,7 +204,7 @@ def _conventions(stored: ActionTokens, dataset: LeRobotDataset) -> dict[str, Act
 
 
 def _places(
-    dataset: LeRobotDataset, horizon: int, count: int, rng: np.random.Generator
+    dataset: StoredDataset, horizon: int, count: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
     """Up to `count` random `(episode_id, t)` with `horizon` steps left."""
     every = [

@@ -12,20 +12,33 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
-from wmgym.checkpoints import CONFIG, CheckpointError, load_weights, save_tensors
-from wmgym.extras import require
+from wmgym.checkpoints import (
+    CONFIG,
+    CheckpointError,
+    check_weights,
+    load_weights,
+    save_tensors,
+)
+from wmgym.extras import MissingExtraError, require
 from wmgym.files import write_text
 
 DescribedT = TypeVar("DescribedT", bound="Described")
 
 
 class Described:
-    """A config as flat JSON; for dataclasses to inherit."""
+    """A config as flat JSON; for dataclasses to inherit.
+
+    Attributes:
+        kind: An entry by which configs of networks are told apart, and its value.
+    """
+
+    kind: ClassVar[tuple[str, str]]
 
     def require(self, **allowed: Any) -> None:
         """Checks fields that have one supported value each.
@@ -48,12 +61,32 @@ class Described:
         """The config in a JSON object, whose other entries are left aside.
 
         Raises:
-            TypeError: Entries are missing.
+            TypeError: An entry is of another type.
             ValueError: An entry is not supported.
         """
-        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        found = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
-        return cls(**{k: v for k, v in found.items() if k in names})
+        entry, kind = cls.kind
+        if described.get(entry, kind) != kind:
+            raise ValueError(f"{entry}={described[entry]!r} is not supported, {kind!r} is")
+        types, found = get_type_hints(cls), {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.name in described:
+                value = described[field.name]
+                if not _is_of(types[field.name], value):
+                    raise TypeError(f"{field.name}={value!r}: expected {field.type}")
+                found[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**found)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a JSON value can be a field of a type."""
+    if kind is float:
+        return type(value) in (int, float)
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and all(_is_of(parts[0], entry) for entry in value)
+    if get_origin(kind) is UnionType:
+        return any(_is_of(part, value) for part in parts)
+    return type(value) is (get_origin(kind) or kind)
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -81,7 +114,7 @@ def read_model(
     try:
         with torch.device("meta"):
             model = kind(config.of(shape))
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from None
     model.to_empty(device="cpu")
     load_weights(model, path / weights)
@@ -89,7 +122,13 @@ def read_model(
 
 
 def write_model(model: nn.Module, described: dict[str, Any], folder: Path, weights: str) -> None:
-    """Writes such a folder, each file whole or not at all."""
+    """Writes such a folder, each file whole or not at all.
+
+    Raises:
+        FloatingPointError: A weight is NaN or infinite; nothing is written.
+        OSError: A file cannot be written.
+    """
+    check_weights(model, folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_tensors(folder / weights, tensors)
@@ -129,7 +168,10 @@ def resolve_folder(folder: str | os.PathLike[str], files: tuple[str, ...]) -> Pa
     name = os.fspath(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is neither a folder nor the id of a repository, owner/name")
-    hub = require("huggingface_hub", "hub")
+    try:
+        hub = require("huggingface_hub", "hub")
+    except MissingExtraError as error:
+        raise MissingExtraError(f"there is no folder {name}; to fetch it: {error}") from None
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # of the hub, of HTTP, of the network

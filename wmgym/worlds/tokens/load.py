@@ -30,6 +30,7 @@ from wmgym.worlds.tokens.transformer import TokenDynamics
 _log = logging.getLogger(__name__)
 _BESIDE = ("tokenizer", "Tokenizer", "../Tokenizer", "../WorldModel-Tokenizer")
 _HUB_TOKENIZER = "WorldModel-Tokenizer"
+_ACTIONS = (action_tokens.FILE, action_tokens.PUBLISHED_FILE)
 
 
 def is_published(folder: Path) -> bool:
@@ -42,8 +43,17 @@ def is_published(folder: Path) -> bool:
 
 def fetch(name: str) -> Path:
     """The folder of a world on the hub, `owner/name`, fetched if it must be."""
-    files = (CONFIG, transformer.WEIGHTS, action_tokens.FILE, action_tokens.PUBLISHED_FILE)
-    return resolve_folder(name, (*files, f"tokenizer/{CONFIG}", f"tokenizer/{compressive.WEIGHTS}"))
+    tokenizer = (f"tokenizer/{CONFIG}", f"tokenizer/{compressive.WEIGHTS}")
+    return resolve_folder(name, (CONFIG, transformer.WEIGHTS, *_ACTIONS, *tokenizer))
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """The files of tokenizer and actions that the dynamics in a folder may have, there or not."""
+    tokenizers = [folder / place for place in _BESIDE]
+    return [
+        *(place / name for place in tokenizers for name in (CONFIG, compressive.WEIGHTS)),
+        *(place / name for place in (folder, folder.parent) for name in _ACTIONS),
+    ]
 
 
 def load_token_world(
@@ -126,7 +136,7 @@ def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:
 
 def _actions(folder: Path) -> ActionTokens:
     for place in (folder, folder.parent):
-        if (place / action_tokens.FILE).exists() or (place / action_tokens.PUBLISHED_FILE).exists():
+        if any((place / name).exists() for name in _ACTIONS):
             return ActionTokens.load(place)
     _log.warning(
         "%s does not say how actions become tokens: taking the released ranges and raw actions. "

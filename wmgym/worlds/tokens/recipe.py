@@ -25,6 +25,7 @@ import wmgym
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.files import write_text
+from wmgym.settings import check_numbers
 from wmgym.training import Log, Run, check_validation_states, seed_of, split_caches
 from wmgym.worlds.tokens.clips import Clips
 from wmgym.worlds.tokens.sharding import ShardedRun
@@ -35,7 +36,7 @@ class Recipe:
     """How a part of the published world is trained.
 
     Attributes:
-        data: Folders of LeRobot v3 datasets.
+        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the result.
         init_from: Folder, or id on the hub, of weights to go on from; their shape replaces the one
             given.
@@ -88,10 +89,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data is empty: name at least one dataset folder")
-        counts = ("steps", "batch_size", "micro_batch", "validation_windows")
-        for name in (*counts, "validate_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be >= 1")
+        check_numbers(self, ">= 1", "steps", "batch_size", "micro_batch", "validation_windows")
+        check_numbers(self, ">= 1", "validate_every", "save_every", "log_every")
+        check_numbers(self, ">= 0", "warmup", "weight_decay")
+        check_numbers(self, "> 0", "learning_rate", "clip")
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch={self.micro_batch}"

@@ -23,7 +23,7 @@ class Decoding:
         temperature: Divides the logits.
         restricted: Only dynamics codes may follow. Otherwise, as released, any id may; ids that are
             no dynamics codes stay in the sequence and are drawn as the nearest code.
-        seed: Of the noise.
+        seed: Of the noise, 0 ... 2**63 - 1.
 
     Raises:
         ValueError: A value outside of its range.
@@ -42,6 +42,8 @@ class Decoding:
             raise ValueError(
                 f"top_p={self.top_p}, temperature={self.temperature}: allowed are (0, 1] and > 0"
             )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}: allowed are integers 0 ... 2**63 - 1")
 
 
 GREEDY = Decoding()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmgym.cache import ByteCache
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
@@ -89,8 +89,8 @@ class TokenWorld:
     """A frozen tokenizer and its dynamics; see the module docstring.
 
     Args:
-        tokenizer: The tokenizer.
-        dynamics: The dynamics over its tokens.
+        tokenizer: The tokenizer, which is copied.
+        dynamics: The dynamics over its tokens, which are copied.
         actions: How actions become tokens.
         name: Name shown in reports and errors.
         device: Where to run them.
@@ -136,11 +136,13 @@ class TokenWorld:
             dynamics_tokens=shape.dynamics_tokens,
         )
         self._check_fit(dynamics)
-        networks: Any = copy.deepcopy(tokenizer).to(self.device).eval().requires_grad_(False)
+        networks: Any = _frozen(tokenizer, self.device)
         self.tokenizer: CompressiveTokenizer = networks.to(memory_format=torch.channels_last)
-        self._painter = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
+        self._painter = self.tokenizer
+        if dtype != "float32":
+            self._painter = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
         self.generator = Generator(
-            dynamics.to(self.device).eval().requires_grad_(False),
+            _frozen(dynamics, self.device),
             self.vocabulary,
             decoding,
             _DTYPES[dtype],
@@ -189,7 +191,7 @@ class TokenWorld:
         rows = self.generator.nbytes(starts, members + 1, self.horizon)
         copied = self.generator.nbytes(starts, 0, 0) if self.generator.static else 0
         weights = self.generator.weight_bytes + sum(
-            w.nbytes for network in (self.tokenizer, self._painter) for w in network.parameters()
+            w.nbytes for network in {self.tokenizer, self._painter} for w in network.parameters()
         )
         widest = self.image_size[0] ** 2 * max(self.tokenizer.config.block_out_channels[:2])
         each = next(self._painter.parameters()).element_size()
@@ -445,6 +447,11 @@ def _first_of_equal(rows: Tensor) -> tuple[Tensor, Tensor]:
     first = first[: int(which.max()) + 1]
     order = first.argsort()
     return first[order], order.argsort()[which]
+
+
+def _frozen(network: nn.Module, device: torch.device) -> Any:
+    """A copy of a network; the caller's is left as it is."""
+    return copy.deepcopy(network).to(device).eval().requires_grad_(False)
 
 
 def _free_memory(device: torch.device) -> int:

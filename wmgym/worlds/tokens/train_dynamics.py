@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.distributed import Processes, processes
-from wmgym.training import Run, adamw, settings_of, warmup_constant
+from wmgym.settings import described
+from wmgym.training import Run, adamw, fingerprints, settings_of, warmup_constant
 from wmgym.worlds.tokens.action_tokens import (
     PUBLISHED_RANGES,
     ActionSpace,
@@ -49,7 +50,7 @@ from wmgym.worlds.tokens.recipe import (
 from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, reshard, shard
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
 from wmgym.worlds.tokens.vocabulary import Vocabulary
-from wmgym.worlds.tokens.window_tokens import WindowTokens
+from wmgym.worlds.tokens.window_tokens import WindowTokens, digest
 
 Ranges = Literal["data", "published"]
 Sharding = Literal["none", "fsdp"]
@@ -64,8 +65,10 @@ class DynamicsTraining(Recipe):
     Attributes:
         tokenizer: Folder, or id on the hub, of the frozen tokenizer.
         dynamics: Shape of the network.
-        action_space: Convention of the actions, as in `ActionTokens`.
-        ranges: Whether bins span the training data's actions or the released ranges.
+        action_space: Convention of the actions, as in `ActionTokens`; None: that of `init_from`,
+            else "raw".
+        ranges: Whether bins span the training data's actions or the released ranges; None: as in
+            `init_from` if its convention stays, else "data".
         sharding: "fsdp" spreads weights and optimizer over the processes; it needs `ema` 0.
     """
 
@@ -77,15 +80,15 @@ class DynamicsTraining(Recipe):
     frames: int = 9
     context_lead: int = 0
     dynamics: TokenDynamicsConfig = field(default_factory=TokenDynamicsConfig)
-    action_space: ActionSpace = "raw"
-    ranges: Ranges = "data"
+    action_space: ActionSpace | None = None
+    ranges: Ranges | None = None
     sharding: Sharding = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in (
-            ("action_space", get_args(ActionSpace)),
-            ("ranges", get_args(Ranges)),
+            ("action_space", (None, *get_args(ActionSpace))),
+            ("ranges", (None, *get_args(Ranges))),
             ("sharding", get_args(Sharding)),
         ):
             if getattr(self, name) not in allowed:
@@ -170,7 +173,13 @@ class DynamicsTrainer:
             shard(model, model.model.layers, here)
         optimizer = adamw(model, config.learning_rate, config.weight_decay, config.betas)
         kind: type[Run[TokenDynamics]] = ShardedRun if self.sharded else Run
-        self.run = kind(model, average, optimizer, settings_of(config))
+        settings = settings_of(config) | {
+            "data_fingerprints": fingerprints(config.data),
+            "tokenizer_digest": digest(self.tokens.tokenizer),
+            "actions": described(dataclasses.asdict(self.tokens.actions)),
+        }
+        del settings["steps"]  # nothing depends on it: a finished run may be lengthened
+        self.run = kind(model, average, optimizer, settings)
 
     def step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -250,6 +259,19 @@ def _start(
     return CompressiveTokenizer.from_pretrained(config.tokenizer), model, None
 
 
+def _actions(
+    config: DynamicsTraining, given: ActionTokens | None, recorded: NDArray[np.float32]
+) -> ActionTokens:
+    """How actions become tokens: as in `given`, of `init_from`, where `config` does not say."""
+    if given is None:
+        return fit_actions(recorded, config.action_space or "raw", config.ranges or "data")
+    space = config.action_space or given.action_space
+    if config.ranges is None and space == given.action_space:
+        return given
+    fitted = fit_actions(recorded, space, config.ranges or "data")
+    return dataclasses.replace(fitted, bins=given.bins)
+
+
 def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
     """Trains dynamics over a frozen tokenizer, or goes on with a run that was interrupted.
 
@@ -274,8 +296,8 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
     with processes(config.device) as here:
         tokenizer.to(here.device)
         clips = open_clips(config, tokenizer.config.resolution, here, progress=progress)
-        if actions is None:
-            actions = fit_actions(clips[0].cache.actions, config.action_space, config.ranges)
+        actions = _actions(config, actions, clips[0].cache.actions)
+        config = dataclasses.replace(config, action_space=actions.action_space)
         kept = [config.out / "cache" / name for name in ("train", "validation")]
         tokens = [
             WindowTokens(part, tokenizer, actions, folder, bfloat16=config.bfloat16)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import Run, adamw, descend, settings_of, warmup_cosine
+from wmgym.training import Run, adamw, descend, fingerprints, settings_of, warmup_cosine
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.tokens.clips import Clips
@@ -138,7 +138,7 @@ class TokenizerTrainer:
             model,
             copy.deepcopy(model).requires_grad_(False) if config.ema else None,
             adamw(model, config.learning_rate, config.weight_decay, config.betas),
-            settings_of(config),
+            settings_of(config) | {"data_fingerprints": fingerprints(config.data)},
             beside={"discriminator": self.discriminator, "opposition": self.opposition},
         )
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32

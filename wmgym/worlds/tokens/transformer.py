@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.settings import check_numbers
 from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model, write_model
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
-from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary
+from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, check_integers
 
 WEIGHTS = "model.safetensors"
-_WRITTEN_AS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+_WRITTEN_AS = {"architectures": ["LlamaForCausalLM"]}
+_PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _INIT_STD = 0.02
 
 
@@ -54,6 +56,8 @@ class TokenDynamicsConfig(Described):
         eos_token_id: Last token, which they do not have either.
     """
 
+    kind = ("model_type", "llama")
+
     vocab_size: int = 9008
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -69,10 +73,14 @@ class TokenDynamicsConfig(Described):
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     rope_scaling: dict[str, Any] | None = None
-    bos_token_id: int = 9006
-    eos_token_id: int = 9007
+    bos_token_id: int | None = 9006
+    eos_token_id: int | None = 9007
 
     def __post_init__(self) -> None:
+        check_numbers(self, ">= 1", "vocab_size", "hidden_size", "intermediate_size")
+        check_numbers(self, ">= 1", "num_hidden_layers", "num_attention_heads")
+        check_numbers(self, ">= 1", "max_position_embeddings", "kv_heads", "head_width")
+        check_numbers(self, "> 0", "rms_norm_eps", "rope_theta")
         self.require(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
         self.require(tie_word_embeddings=False)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -80,6 +88,8 @@ class TokenDynamicsConfig(Described):
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        if self.head_width % 2:
+            raise ValueError(f"heads of width {self.head_width}: rotary positions need an even one")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -90,20 +100,26 @@ class TokenDynamicsConfig(Described):
     def of(cls, described: dict[str, Any]) -> TokenDynamicsConfig:
         """As `Described.of`; newer files keep the rotary positions in an object of their own."""
         rope = described.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters={rope} are not supported, rope_type='default' is")
-        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        return super().of(described | theta)
+        if not isinstance(rope, dict):
+            raise TypeError(f"rope_parameters={rope!r} is {type(rope).__name__}, not dict")
+        rope = {"partial_rotary_factor": described.get("partial_rotary_factor", 1.0), **rope}
+        theta = rope.pop("rope_theta", described.get("rope_theta", cls.rope_theta))
+        other = {k: v for k, v in rope.items() if k not in _PLAIN_ROPE or v != _PLAIN_ROPE[k]}
+        if other:
+            raise ValueError(f"rope_parameters={other} are not supported, {_PLAIN_ROPE} are")
+        return super().of(described | {"rope_theta": theta})
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
+        given = self.num_key_value_heads
+        return self.num_attention_heads if given is None else given
 
     @property
     def head_width(self) -> int:
         """Width of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        given = self.head_dim
+        return self.hidden_size // self.num_attention_heads if given is None else given
 
 
 class RMSNorm(nn.Module):
@@ -222,8 +238,17 @@ class TokenDynamics(nn.Module):
         return read_model(cls, TokenDynamicsConfig, folder, WEIGHTS)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes such a folder, which `transformers` loads as well."""
-        write_model(self, self.config.describe() | _WRITTEN_AS, Path(folder), WEIGHTS)
+        """Writes such a folder, which `transformers` loads as well.
+
+        Raises:
+            FloatingPointError: A weight is NaN or infinite; nothing is written.
+        """
+        write_model(
+            self,
+            self.config.describe() | _WRITTEN_AS | dict([self.config.kind]),
+            Path(folder),
+            WEIGHTS,
+        )
 
     def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
@@ -233,6 +258,7 @@ class TokenDynamics(nn.Module):
             at: Places `(P,)` whose logits `(B, P, V)` are wanted; None wants all.
 
         Raises:
+            TypeError: No tensor of integers.
             ValueError: Tokens of another shape, outside the vocabulary, or too many.
         """
         self.check(tokens)
@@ -294,7 +320,8 @@ class TokenDynamics(nn.Module):
     forward = logits
 
     def check(self, tokens: Tensor) -> None:
-        """Raises ValueError unless `tokens` are a batch of sequences of the vocabulary."""
+        """Checks a batch of sequences of the vocabulary; see `logits` for what it raises."""
+        check_integers("tokens", tokens)
         most, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= most:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (B, 1 ... {most})")

@@ -85,4 +85,17 @@ class Vocabulary:
         return (place >= 0) & (place % self.frame >= ACTION_DIM)
 
 
+def check_integers(name: str, tokens: Tensor) -> None:
+    """Checks that tokens can be looked up.
+
+    Raises:
+        TypeError: They are no tensor of integers.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(
+            f"{name} are {given}, expected a tensor of integers: torch.as_tensor(...).long()"
+        )
+
+
 PUBLISHED = Vocabulary()

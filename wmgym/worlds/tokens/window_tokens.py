@@ -9,6 +9,7 @@ its tokens do not depend on its neighbours.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ class WindowTokens:
         actions: How actions become tokens.
         folder: Where tokens are kept, or None; it must disappear with the clips it is about.
         bfloat16: Whether the tokenizer computes in bfloat16.
+
+    Raises:
+        OSError: The disk has no room for the tokens.
     """
 
     def __init__(
@@ -49,10 +53,9 @@ class WindowTokens:
         self._split = (shape.context_tokens, frames * shape.dynamics_tokens)
         self._kept: np.memmap | None = None
         if folder is not None:
-            path = folder / f"tokens-{_digest(tokenizer, frames, bfloat16)}.u16"
+            path = folder / f"tokens-{digest(tokenizer, frames, bfloat16)}.u16"
             rows = (len(clips), sum(self._split))
-            with path.open("ab") as file:
-                file.truncate(2 * rows[0] * rows[1])
+            _reserve(path, 2 * rows[0] * rows[1])
             self._kept = np.memmap(path, np.uint16, "r+", shape=rows)
 
     def sequences(self, rows: Iterable[int], seeds: Sequence[int] | None = None) -> Tensor:
@@ -87,9 +90,22 @@ class WindowTokens:
         return tokens
 
 
-def _digest(tokenizer: CompressiveTokenizer, *settings: object) -> str:
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+def _reserve(path: Path, size: int) -> None:
+    """Takes the room of a file: a full disk would kill who writes through a memory map."""
+    path.touch()
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        reason = f"{error.strerror}; the tokens of all windows take {size} bytes"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def digest(tokenizer: CompressiveTokenizer, *settings: object) -> str:
+    """Hash of a tokenizer's weights and of settings."""
+    found = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
