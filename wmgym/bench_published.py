@@ -211,7 +211,7 @@ def random_networks(seed: int) -> tuple[CompressiveTokenizer, TokenDynamics]:
         # equal are drawn once: so weights are large, and attention sharper still.
         for name, weight in dynamics.named_parameters():
             if weight.ndim == 2:
-                gain = 4.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
                 nn.init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
     return tokenizer, dynamics
 
