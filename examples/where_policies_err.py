@@ -96,6 +96,7 @@ def main(args: Args, **env_kwargs: Any) -> dict[str, dict[str, dict[str, float]]
     envs.close()
     if args.out is not None:
         command = f"python examples/where_policies_err.py {' '.join(args.policies)}"
+        command += f" --suite {args.suite} --dataset {args.dataset} --starts {args.starts}"
         report = {"starts": args.starts, "policies": figures}
         write_report(args.out, report, command=command, seed=args.seed)
     return figures
