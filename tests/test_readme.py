@@ -37,6 +37,18 @@ def test_the_table_of_the_experiment_is_that_of_its_report():
     assert table(report) in README
 
 
+def test_the_errors_of_policies_are_those_of_their_report():
+    report = json.loads(asset_path("reports", "where_policies_err.json").read_text())
+    for name, rows in report["policies"].items():
+        arm = "base" if name == "libero-object-small" else name.removesuffix("-0")
+        for temperature, row in rows.items():
+            line = (
+                f"| {arm} | {temperature.split()[1]} | {row['fast']:.3f} | {row['slow']:.4f} | "
+                f"{row['gripper']:.4f} | {100 * row['late']:.1f} % | {row['R3']:.4f} |"
+            )
+            assert line in README
+
+
 def test_the_ten_lines_are_the_quickstart_example():
     source = (ROOT / "examples" / "quickstart.py").read_text()
     body = source.split('"""', 2)[2].strip()
