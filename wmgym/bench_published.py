@@ -104,6 +104,12 @@ class _Parts:
     actions: ActionTokens
     lpips: LPIPS
 
+    def start(self, case: _Case) -> tuple[Tensor, Tensor]:
+        """Tokens of the start: its context's `(1, 1, N)`, and the prefix `(1, P)` of every row."""
+        context, first = self.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
+        seen = context[:, 0] + self.tokenizer.dynamics_fsq.codes
+        return context, torch.cat([seen, first[:, 0]], 1)
+
     def told(self, case: _Case) -> Tensor:
         """Tokens `(B, T, 7)` of the actions."""
         codes = self.tokenizer.dynamics_fsq.codes + self.tokenizer.fsq.codes
@@ -300,10 +306,8 @@ def _with_generate(
     count = painter.config.dynamics_tokens
     with Stopwatch(device) as total:
         with Stopwatch(device) as encoding:
-            context, first = parts.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
-        offset = painter.dynamics_fsq.codes
-        told = parts.told(case)
-        prompt = torch.cat([context[:, 0] + offset, first[:, 0]], 1).expand(rows, -1)
+            context, start = parts.start(case)
+        told, prompt = parts.told(case), start.expand(rows, -1)
         cache = transformers.DynamicCache() if keep else None
         imagined = []
         with Stopwatch(device) as generation:
@@ -321,7 +325,7 @@ def _with_generate(
                 imagined.append(prompt[:, -count:])
         tokens = torch.stack(imagined, 1)
         with Stopwatch(device) as drawing:
-            codes = tokens.clamp(max=offset - 1)
+            codes = tokens.clamp(max=painter.dynamics_fsq.codes - 1)
             drawn = torch.cat([painter.decode(context, row[None])[:, 1:] for row in codes])
         with Stopwatch(device) as rewarding:
             parts.reward(drawn.float().clamp(0, 1))
@@ -340,8 +344,7 @@ def _agreement(parts: _Parts, model: Any, case: _Case, tokens: Tensor) -> float:
 
     Rollouts themselves part for good where two logits are equal but for rounding.
     """
-    context, first = parts.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
-    start = torch.cat([context[:, 0] + parts.tokenizer.dynamics_fsq.codes, first[:, 0]], 1)
+    _, start = parts.start(case)
     frames = torch.cat([parts.told(case), tokens], 2)
     actions = frames.shape[2] - tokens.shape[2]
     shares = []
