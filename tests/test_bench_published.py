@@ -54,6 +54,11 @@ def test_peers_generate_the_same_tokens(world, tmp_path):
     assert f"| 16 | {memory[0]:.1f} GiB |" in memory_table(tmp_path / "bench.json")
 
 
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="device='tpu': allowed here are"):
+        bench_published(BenchPublishedConfig(device="tpu", peers=False))
+
+
 def test_it_runs_without_peers(world):
     config = BenchPublishedConfig(
         world=str(world), members=1, frames=1, repeats=1, peers=False, device="cpu"

@@ -1,31 +1,25 @@
-"""The demonstration and the benchmark on a small world and a small dataset."""
+"""The demonstration and the benchmark on a small world and the shipped demonstrations."""
 
 from __future__ import annotations
+
+import threading
+import time
 
 import numpy as np
 import pytest
 import small
-import tiny
 import torch
+import toy
 
-from wmgym import assets
-from wmgym.bench import BenchConfig, bench, timed
+from wmgym.bench import BenchConfig, bench
 from wmgym.demo import NOISE, RANDOM, REFERENCE, DemoConfig, chunks, demo, kinds
+from wmgym.timing import Timer, peak_memory
 
 REWARDS = ("R1", "R2", "R3")
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    """A dataset in place of the shipped ones."""
-    data = tiny.write_dataset(tmp_path_factory.mktemp("demos"), length=40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assets, "asset_path", lambda *parts: data)
-        yield data
-
-
-@pytest.fixture(scope="module")
-def shown(demos, tiny_world, tmp_path_factory):
+def shown(tiny_world, tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("out") / "videos", []
     policy = tmp_path_factory.mktemp("policies") / "policy"
     small.policy().save_pretrained(policy)
@@ -89,7 +83,7 @@ def test_chunks_leave_the_reference_alone_and_disturb_the_others():
 # --- benchmark ----------------------------------------------------------------------------------
 
 
-def test_a_benchmark_without_the_simulator_reports_rate_and_split(demos, tiny_world):
+def test_a_benchmark_without_the_simulator_reports_rate_and_split(tiny_world):
     config = BenchConfig(
         world=str(tiny_world),
         num_envs=4,
@@ -109,13 +103,33 @@ def test_a_benchmark_without_the_simulator_reports_rate_and_split(demos, tiny_wo
     assert "ratio" not in figures
 
 
+def test_a_published_world_has_a_benchmark_of_its_own(monkeypatch):
+    monkeypatch.setattr("wmgym.envs.vector.resolve_world", lambda *given: toy.ToyWorld())
+    with pytest.raises(ValueError, match="`wmgym bench-published` measures those"):
+        bench(BenchConfig(num_envs=4, group_size=2, device="cpu"), libero=False)
+
+
 def test_timing_adds_up_and_leaves_no_trace():
-    layer, seconds = torch.nn.Linear(2, 2), {"layer": 0.0}
+    layer, timer = torch.nn.Linear(2, 2), Timer(torch.device("cpu"))
     x = torch.ones(1, 2)
-    with timed(layer, "forward", "layer", seconds):
+    with timer("all"), timer.method(layer, "forward", "layer"):
         first = layer(x)
-        once = seconds["layer"]
+        once = timer.seconds["layer"]
         layer(x)
-    assert 0 < once < seconds["layer"]
+    assert 0 < once < timer.seconds["layer"] < timer.seconds["all"]
     assert "forward" not in vars(layer)
     assert torch.equal(layer(x), first)
+    assert set(timer.read()) == {"layer_s", "all_s"}
+    assert timer.read() == {}
+
+
+def test_memory_is_watched_until_the_block_ends():
+    threads = threading.active_count()
+    with peak_memory(torch.device("cpu")) as peak:
+        kept = torch.zeros(2**25)
+        time.sleep(0.1)
+    assert peak() > 0.1
+    del kept
+    with pytest.raises(MemoryError), peak_memory(torch.device("cpu")):
+        raise MemoryError
+    assert threading.active_count() == threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 
 import pytest
 import torch
@@ -68,3 +69,11 @@ def test_what_a_run_was_started_with_can_be_written_down(tmp_path):
     for wrong in ("wmgym.settings:nothing", "no_such_module:f", "wmgym.settings:", ":f"):
         with pytest.raises(ValueError, match="give module:function"):
             function_of(wrong)
+
+
+def test_functions_are_also_found_in_the_working_directory(tmp_path, monkeypatch):
+    """The path of an installed command begins elsewhere."""
+    (tmp_path / "module_of_a_user.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert function_of("module_of_a_user:double")(2) == 4

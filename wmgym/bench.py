@@ -10,19 +10,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 import wmgym  # noqa: F401 - registers the environments
 from wmgym.envs.scoring import shared_lpips
 from wmgym.envs.world_model import WorldModelVectorEnv
+from wmgym.timing import Timer
+from wmgym.worlds.latent_world import LatentWorld
+from wmgym.worlds.world import DTYPES
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class _Imagined:
             autoreset_mode="Disabled",
             cache_mb=0,
         )
+        if not isinstance(self.env.world, LatentWorld):
+            raise ValueError(
+                f"world={config.world!r} is a published one: `wmgym bench-published` measures those"
+            )
+        self._world = self.env.world
         self._rng = np.random.default_rng(config.seed)
         self._count = 0
         self.rate()
@@ -120,49 +125,20 @@ class _Imagined:
 
     def split(self) -> dict[str, float]:
         """Share of the parts in one step."""
-        seconds: dict[str, float] = defaultdict(float)
-        model = self.env.world.model  # type: ignore[attr-defined]
-        lpips = shared_lpips(self.env.world.device, self._dtype())
+        model, timer = self._world.model, Timer(self._world.device)
+        lpips = shared_lpips(self._world.device, DTYPES[self.config.dtype])
         with (
-            timed(model.dynamics, "forward", "dynamics", seconds),
-            timed(model.tokenizer, "decode", "drawing", seconds),
-            timed(lpips, "features", "lpips", seconds),
-            timed(lpips, "distance", "lpips", seconds),
-            timed(self.env, "step", "all", seconds),
+            timer.method(model.dynamics, "forward", "dynamics"),
+            timer.method(model.tokenizer, "decode", "drawing"),
+            timer.method(lpips, "features", "lpips"),
+            timer.method(lpips, "distance", "lpips"),
+            timer.method(self.env, "step", "all"),
         ):
             for _ in range(self.config.repeats):
                 self.rate()
-        everything = seconds.pop("all")
-        shares = {name: round(value / everything, 4) for name, value in seconds.items()}
+        everything = timer.seconds.pop("all")
+        shares = {name: round(value / everything, 4) for name, value in timer.seconds.items()}
         return {**shares, "rest": round(1 - sum(shares.values()), 4)}
-
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
-
-
-@contextmanager
-def timed(owner: Any, method: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up the time spent in a method of one object."""
-    original: Callable[..., Any] = getattr(owner, method)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        _settle()
-        began = time.perf_counter()
-        result = original(*args, **kwargs)
-        _settle()
-        seconds[name] += time.perf_counter() - began
-        return result
-
-    setattr(owner, method, wrapped)
-    try:
-        yield
-    finally:
-        delattr(owner, method)
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class _Real:

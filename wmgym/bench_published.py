@@ -19,11 +19,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,20 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmgym.bench import timed
+from wmgym.distributed import resolve_device
 from wmgym.extras import MissingExtraError, require
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_reward
 from wmgym.settings import check_numbers
+from wmgym.timing import Timer, peak_memory
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer, CompressiveTokenizerConfig
 from wmgym.worlds.tokens.load import load_parts
 from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
+from wmgym.worlds.world import DTYPES
 
-_GIB = 2**30
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENVIRONMENTS = (16, 64, 256, 1024)
 _HORIZON = 8
 
@@ -82,8 +78,8 @@ class BenchPublishedConfig:
             raise ValueError(
                 f"frames={self.frames}: at most {_HORIZON} are imagined from one context"
             )
-        if not self.dtypes or not set(self.dtypes) <= set(_DTYPES):
-            raise ValueError(f"dtypes={self.dtypes}: allowed are {tuple(_DTYPES)}")
+        if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
+            raise ValueError(f"dtypes={self.dtypes}: allowed are {tuple(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -140,13 +136,11 @@ def bench_published(
 
     Raises:
         MissingExtraError: The peers' transformers is not installed, or cannot be used.
+        ValueError: There is no such device.
     """
     if config.peers:
         _hugging_face()
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = resolve_device(config.device)
     return {device.type: {dtype: _measure(config, dtype, device, say) for dtype in config.dtypes}}
 
 
@@ -169,8 +163,8 @@ def _measure(
         "ours": lambda: _ours(world, parts, case)
     }
     if config.peers:
-        model = _peer(parts.dynamics, _DTYPES[dtype], device)
-        painter = copy.deepcopy(parts.tokenizer).to(_DTYPES[dtype])
+        model = _peer(parts.dynamics, DTYPES[dtype], device)
+        painter = copy.deepcopy(parts.tokenizer).to(DTYPES[dtype])
         ways["generate"] = lambda: _with_generate(config, parts, painter, model, case, keep=True)
         ways["reprefill"] = lambda: _with_generate(config, parts, painter, model, case, keep=False)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -230,7 +224,7 @@ def _parts(config: BenchPublishedConfig, dtype: str, device: torch.device) -> _P
         tokenizer, dynamics, actions = load_parts(config.world)
     for network in (tokenizer, dynamics):
         network.to(device).eval().requires_grad_(False)
-    return _Parts(tokenizer, dynamics, actions, LPIPS("alex", dtype=_DTYPES[dtype]).to(device))
+    return _Parts(tokenizer, dynamics, actions, LPIPS("alex", dtype=DTYPES[dtype]).to(device))
 
 
 def _case(config: BenchPublishedConfig, parts: _Parts, device: torch.device) -> _Case:
@@ -247,22 +241,16 @@ def _ours(world: TokenWorld, parts: _Parts, case: _Case) -> tuple[Tensor, dict[s
     world.forget()
     count = len(case.actions)
     rows = torch.zeros(count, dtype=torch.int64, device=world.device)
-    drawing: dict[str, float] = defaultdict(float)
-    with Stopwatch(world.device) as total, timed(world, "_draw", "drawing", drawing):
-        with Stopwatch(world.device) as encoding:
+    timer = Timer(world.device)
+    with timer("total"), timer.method(world, "_draw", "drawing"):
+        with timer("encoding"):
             state = world.start(case.frame[:, None], case.proprio[:, None])
-        with Stopwatch(world.device) as imagining:
+        with timer("generation"):
             state, seen = world.step(world.select(state, rows), case.actions)
-        with Stopwatch(world.device) as rewarding:
+        with timer("rewards"):
             parts.reward(seen.frames)
-    seconds = {
-        "total": total.seconds,
-        "encoding": encoding.seconds,
-        "generation": imagining.seconds - drawing["drawing"],
-        **drawing,
-        "rewards": rewarding.seconds,
-    }
-    return state.tokens[:, : case.actions.shape[1]], seconds
+    timer.seconds["generation"] -= timer.seconds["drawing"]
+    return state.tokens[:, : case.actions.shape[1]], timer.seconds
 
 
 def _hugging_face() -> Any:
@@ -304,13 +292,14 @@ def _with_generate(
     transformers = _hugging_face()
     device, rows = case.frame.device, len(case.actions)
     count = painter.config.dynamics_tokens
-    with Stopwatch(device) as total:
-        with Stopwatch(device) as encoding:
+    timer = Timer(device)
+    with timer("total"):
+        with timer("encoding"):
             context, start = parts.start(case)
         told, prompt = parts.told(case), start.expand(rows, -1)
         cache = transformers.DynamicCache() if keep else None
         imagined = []
-        with Stopwatch(device) as generation:
+        with timer("generation"):
             for t in range(config.frames):
                 prompt = torch.cat([prompt, told[:, t]], 1)
                 prompt = model.generate(
@@ -324,18 +313,12 @@ def _with_generate(
                 )
                 imagined.append(prompt[:, -count:])
         tokens = torch.stack(imagined, 1)
-        with Stopwatch(device) as drawing:
+        with timer("drawing"):
             codes = tokens.clamp(max=painter.dynamics_fsq.codes - 1)
             drawn = torch.cat([painter.decode(context, row[None])[:, 1:] for row in codes])
-        with Stopwatch(device) as rewarding:
+        with timer("rewards"):
             parts.reward(drawn.float().clamp(0, 1))
-    return tokens, {
-        "total": total.seconds,
-        "encoding": encoding.seconds,
-        "generation": generation.seconds,
-        "drawing": drawing.seconds,
-        "rewards": rewarding.seconds,
-    }
+    return tokens, timer.seconds
 
 
 @torch.no_grad()
@@ -357,7 +340,8 @@ def _agreement(parts: _Parts, model: Any, case: _Case, tokens: Tensor) -> float:
 
 def _summary(runs: list[dict[str, float]], generated: int) -> dict[str, float]:
     """Medians, and tokens per second of generation."""
-    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    phases = ("total", "encoding", "generation", "drawing", "rewards", "peak_memory_gib")
+    medians = {name: statistics.median(run[name] for run in runs) for name in phases}
     medians["tokens_per_s"] = generated / medians["generation"]
     return {name: round(value, 3) for name, value in medians.items()}
 
@@ -368,53 +352,3 @@ def _ratios(ways: dict[str, dict[str, float]], name: str) -> dict[str, float]:
         f"speedup_vs_{name}": round(other["total"] / ours["total"], 2),
         f"generation_speedup_vs_{name}": round(other["generation"] / ours["generation"], 2),
     }
-
-
-class Stopwatch:
-    """Seconds spent in its blocks, added up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._settle()
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._settle()
-        self.seconds += time.perf_counter() - self._began
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Most memory in GiB that a block takes beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - before) / _GIB
-        return
-    before, most, over = _resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            most[0] = max(most[0], _resident() - before)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    yield lambda: most[0] / _GIB
-    over.set()
-    thread.join()
-
-
-def _resident() -> int:
-    """Bytes of this process in memory; nothing where the system does not tell."""
-    try:
-        fields = Path("/proc/self/statm").read_text().split()
-    except OSError:
-        return 0
-    return int(fields[1]) * 4096

@@ -127,8 +127,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
-    check_fit(model.state_dict(), tensors, str(path))
-    model.load_state_dict({k: v.to(model.state_dict()[k].dtype) for k, v in tensors.items()})
+    weights = model.state_dict()
+    check_fit(weights, tensors, str(path))
+    model.load_state_dict({k: v.to(weights[k].dtype) for k, v in tensors.items()})
 
 
 def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:

@@ -151,8 +151,6 @@ def _bench_published() -> None:
                 if "speedup" in name or "same" in name:
                     print(f"  {name:36s} {value}")
     if config.out is not None:
-        if config.out.exists():  # of other devices
-            figures = json.loads(config.out.read_text()) | figures
         _report(config.out, figures, config.seed)
 
 

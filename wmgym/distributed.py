@@ -57,32 +57,43 @@ class Processes:
             dist.barrier()
 
 
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: No such device here.
+    """
+    count = torch.cuda.device_count()
+    usable = ["cuda", "cpu", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
+    if device == "auto":
+        device = usable[0]
+    if str(device) not in usable:
+        raise ValueError(f"device={str(device)!r}: allowed here are {['auto', *usable]}")
+    return torch.device(device)
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Joins the processes of `torchrun`, or stands alone without it.
 
     Args:
-        device: `"auto"` (CUDA where there is some), `"cpu"` or `"cuda"`.
+        device: `"auto"` (CUDA where there is some), `"cpu"`, `"cuda"`, or one of several GPUs such
+            as `"cuda:1"`; of several processes, each takes a GPU of its own in any case.
 
     Raises:
-        ValueError: Another device, or CUDA where there is none.
+        ValueError: There is no such device.
     """
-    usable = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if device == "auto":
-        device = usable[0]
-    if device not in usable:
-        raise ValueError(f"device={device!r}: allowed here are {['auto', *usable]}")
+    place = resolve_device(device)
     if "RANK" not in os.environ:
-        yield Processes(0, 1, torch.device(device))
+        yield Processes(0, 1, place)
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "cuda":
-        torch.cuda.set_device(local)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
     # The others wait while the main process decodes a dataset.
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
     try:
-        place = torch.device(device, local) if device == "cuda" else torch.device(device)
         yield Processes(dist.get_rank(), dist.get_world_size(), place)
     finally:
         dist.destroy_process_group()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,19 @@ def described(value: Any) -> Any:
 def function_of(name: str) -> Callable[..., Any]:
     """The function `module:function`.
 
+    Modules are also looked for in the working directory.
+
     Raises:
         ValueError: There is none.
     """
     module, _, function = name.partition(":")
+    here = os.getcwd()  # noqa: PTH109 - as it stands on Python's path
+    if here not in sys.path:  # an installed command's path lacks it
+        sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r} is no function ({error}): give module:function") from None
+        raise ValueError(f"{name!r} is no function ({error}): give module:function") from error
     if not callable(found):
         raise ValueError(f"{name!r} is a {type(found).__name__}: give module:function")
     return found

@@ -11,9 +11,7 @@ import json
 import logging
 import math
 import pickle
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar
@@ -384,36 +382,6 @@ def split_caches(
     here.wait()
     opened = [FrameCache.open(folder / name) for name in parts]
     return opened[0], opened[1]
-
-
-class Timer:
-    """Seconds by phase, with the work that a GPU still has to do counted where it was given.
-
-    Args:
-        device: Where the work is done.
-
-    Attributes:
-        seconds: Since the last `read`, by name of the phase and `_s`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time of a block to a phase."""
-        began = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        name = f"{phase}_s"
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        """The seconds so far, which then start at 0 again."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 class Log:

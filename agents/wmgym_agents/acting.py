@@ -8,9 +8,6 @@ same name are never taken for its own.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 
 from wmgym.checkpoints import CONFIG, WEIGHTS, model_folder
 from wmgym.distributed import processes
+from wmgym.settings import function_of
 from wmgym_agents.policy import STATISTICS, FlowVLA, Observation
 
 
@@ -63,10 +61,9 @@ class Flow:
         return self.policy.act(observation, self.generator, self.temperature)
 
 
-def _function(policy: str) -> tuple[str, str] | None:
-    """Module and function of a policy that is made by one."""
-    module, colon, name = policy.partition(":")
-    return (module, name) if colon and not Path(policy).exists() else None
+def _is_function(policy: str) -> bool:
+    """Whether a policy is made by a function `module:function`."""
+    return ":" in policy and not Path(policy).exists()
 
 
 def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") -> Policy:
@@ -86,8 +83,7 @@ def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") 
     """
     with processes(device) as here:
         place = here.device
-    function = _function(policy)
-    made = FlowVLA.from_pretrained(policy) if function is None else _made(policy, *function)
+    made = _made(policy) if _is_function(policy) else FlowVLA.from_pretrained(policy)
     if isinstance(made, FlowVLA):
         return Flow(made.to(place), temperature)
     missing = [name for name in ("reset", "act") if not callable(getattr(made, name, None))]
@@ -99,20 +95,16 @@ def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") 
     return made
 
 
-def _made(policy: str, module: str, name: str) -> Any:
+def _made(policy: str) -> Any:
     """What a user's function makes."""
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - an installed command's path lacks it
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
+        function = function_of(policy)
+    except ValueError as error:
         raise ValueError(f"policy={policy!r} cannot be made: {error}") from error
-    if not callable(function):
-        raise ValueError(f"policy={policy!r} cannot be made: {module} has no function {name!r}")
     try:
         return function()
     except Exception as error:
-        raise RuntimeError(f"policy={policy!r} cannot be made: {name}() failed") from error
+        raise RuntimeError(f"policy={policy!r} cannot be made: {policy}() failed") from error
 
 
 def digest(policy: str) -> str | None:
@@ -121,7 +113,7 @@ def digest(policy: str) -> str | None:
     Raises:
         CheckpointError: There is no such policy.
     """
-    if _function(policy) is not None:
+    if _is_function(policy):
         return None
     folder, digest = model_folder("policy", policy), hashlib.sha256()
     for name in (CONFIG, STATISTICS, WEIGHTS):

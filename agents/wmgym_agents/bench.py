@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 import torch
 
 import wmgym
-from wmgym.bench_published import peak_memory, random_networks
+from wmgym.bench_published import random_networks
 from wmgym.distributed import processes
+from wmgym.timing import peak_memory
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer
 from wmgym.worlds.tokens.token_world import TokenWorld

@@ -50,7 +50,8 @@ from wmgym.distributed import Processes, processes
 from wmgym.envs.vector import WorldModelVectorEnv
 from wmgym.settings import described, function_of
 from wmgym.spaces import ACTION_DIM
-from wmgym.training import Log, Run, Timer, check_finite, seed_of, settings_of
+from wmgym.timing import Timer
+from wmgym.training import Log, Run, check_finite, seed_of, settings_of
 from wmgym_agents.chain import Chain
 from wmgym_agents.grpo_config import PRESETS, GRPOConfig, Preset
 from wmgym_agents.objective import group_advantages, kl_gate, policy_loss, rewards_to_go

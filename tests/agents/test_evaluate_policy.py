@@ -265,7 +265,7 @@ def test_what_a_function_makes_may_be_a_flow_policy():
     ("policy", "reason"),
     [
         ("nothing", "neither a folder nor"),
-        ("reaching:nobody", "has no function 'nobody'"),
+        ("reaching:nobody", "has no attribute 'nobody'"),
         ("nowhere:policy", "No module named 'nowhere'"),
         ("reaching:nothing", "makes a NoneType without reset and act: return a FlowVLA"),
         ("reaching:only_acts", "makes a SimpleNamespace without act:"),

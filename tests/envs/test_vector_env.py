@@ -381,6 +381,18 @@ def test_rewarding_some_frames_ends_at_one_of_them():
         env.reset(options={"episode_id": 2, "frame_index": 14})
 
 
+def test_episodes_too_short_for_a_rewarded_frame_are_no_starts():
+    short, long = ToyDataset(lengths=(4, 4, 4)), ToyDataset(lengths=(4, 5, 4))
+    kwargs = {"action_chunk": 4, "horizon": 4, "reward_every": 4}
+    with pytest.raises(ValueError, match="more than 4 steps"):
+        make(1, dataset=short, **kwargs)
+    env = make(4, dataset=long, **kwargs)
+    env.reset(seed=0)
+    assert {start.info.episode_id for start in env.starts} == {1}
+    _, rewards, *_ = env.step(actions_of(env))
+    assert np.isfinite(rewards).all()
+
+
 def test_success_within_a_chunk_cuts_it():
     kwargs = {"world": ToyWorld(success_at=0.65), "starts": "episodes", "horizon": 8}
     push = np.zeros((1, 4, 7), np.float32)

@@ -122,6 +122,18 @@ def test_frames_are_those_of_the_environment(tmp_path, seen):
     np.testing.assert_allclose(record.terms["action_l1"], -record.rewards)
 
 
+def test_frames_that_are_not_drawn_are_left_out(tmp_path, seen):
+    env = make(action_chunk=2, reward_every=2)
+    record = record_rollout(env, noisy(), tmp_path / "x", options={"episode_id": 1}, columns=3)
+    assert record.control_steps == STEPS
+    start = env.unwrapped.vector.starts[0]
+    assert [frames.step for frames, *_ in seen] == [*range(0, STEPS + 1, 2)]
+    for frames, rewards, _ in seen[1:]:
+        np.testing.assert_array_equal(frames.recorded, start.images[frames.step - 1])
+        assert len(rewards) == frames.step
+    assert video_shape(record.video)[0] == STEPS // 2 + 1
+
+
 def test_without_reference_branch_its_panel_is_left_out(tmp_path):
     record = record_rollout(make(reward="R1"), noisy(), tmp_path / "x", seed=0)
     assert video_shape(record.video)[2] == 3 * 240 + 2 * 16 + 2 * 24

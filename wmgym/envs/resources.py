@@ -16,24 +16,8 @@ import torch
 from wmgym.assets import asset_path
 from wmgym.data.episodes import Dataset
 from wmgym.data.opening import index_file, open_dataset
-from wmgym.worlds.world import World
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: No such device here.
-    """
-    count = torch.cuda.device_count()
-    usable = ["cuda", "cpu", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
-    if device == "auto":
-        device = usable[0]
-    if str(device) not in usable:
-        raise ValueError(f"device={str(device)!r}: allowed here are {['auto', *usable]}")
-    return torch.device(device)
+from wmgym.distributed import resolve_device
+from wmgym.worlds.world import DTYPES, World
 
 
 def resolve_world(

@@ -6,7 +6,7 @@ there: action `f + k` and, after it, frame `f + k + 1`. The last recorded action
 it, so `N - 1 - f` control steps are left at `f`, and an imagined episode lasts `min(horizon, N - 1
 - f)`.
 
-By default only successful episodes serve as references: a failed demonstration is no target.
+Only successful episodes serve as references: a failed demonstration is no target.
 
 Shapes: `C` context frames, `S` control steps of the imagined episode, images `(H, W, 3)` uint8.
 """
@@ -125,11 +125,14 @@ class StartStates:
         self._by_id = {e.episode_id: e for e in dataset.episodes}
         self.digest = hashlib.sha256(repr(dataset.episodes).encode()).hexdigest()[:12]
         tasks = None if tasks is None else check_tasks(tasks)
-        self.episodes = [e for e in dataset.episodes if _eligible(e, suite, tasks, split)]
+        self.episodes = [
+            e for e in dataset.episodes if e.length > every and _eligible(e, suite, tasks, split)
+        ]
         if not self.episodes:
             raise ValueError(
-                f"no successful episode of suite={suite!r}, tasks={tasks!r}, split={split!r} among "
-                f"{len(self._by_id)}; the dataset has {_summary(dataset.episodes)}"
+                f"no successful episode of suite={suite!r}, tasks={tasks!r}, split={split!r} with "
+                f"more than {every} steps among {len(self._by_id)}; the dataset has "
+                f"{_summary(dataset.episodes)}"
             )
         self._cumulative = np.cumsum([self._choices(e) for e in self.episodes])
 
@@ -231,7 +234,6 @@ def _eligible(episode: EpisodeInfo, suite: str, tasks: Sequence[int] | None, spl
         and (tasks is None or episode.task_id in tasks)
         and (split == "all" or episode.held_out == (split == "held_out"))
         and episode.success is not False
-        and episode.length >= 2
     )
 
 

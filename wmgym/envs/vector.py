@@ -90,6 +90,7 @@ class WorldModelVectorEnv(VectorEnv):
     Attributes:
         world: The world.
         group_size: Members `G` of a group.
+        reward_every: Control steps between frames that are drawn and rewarded.
         starts: The start of every row, with what was recorded from there.
         last_step: What the reward of the last step was computed from, all frames included; None
             before the first.
@@ -147,6 +148,7 @@ class WorldModelVectorEnv(VectorEnv):
 
         self.num_envs = num_envs
         self.group_size = group_size
+        self.reward_every = reward_every
         self.render_mode = render_mode
         self.world = resolve_world(world, device, dtype)
         self._mode = requests.parse_autoreset_mode(autoreset_mode)

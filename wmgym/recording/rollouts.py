@@ -5,7 +5,8 @@ The environment keeps what a recording needs: `starts` (the recorded frames of e
 through whatever wrappers it has; the pictures are taken from the environment inside. A picture is
 encoded as soon as its step is done, so memory holds the columns of the strip and no video.
 
-A chunk of `T` actions gives `T` pictures; its reward, the mean over the chunk, stands at each.
+A chunk of `T` actions gives `T` pictures, or one for every `reward_every` of them where the
+environment draws no more; its reward, the mean over the chunk, stands at each.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RolloutRecord:
     """What `record_rollout` did; `E` environment steps.
 
     Attributes:
-        video: The mp4 file: one frame for the start and one for every control step.
+        video: The mp4 file: one frame for the start and one for every control step that is drawn.
         strip: The PNG file, None if none was asked for.
         instruction: Task in words.
         episode_id: The recorded episode.
@@ -144,7 +145,7 @@ def record_rollout(
     chunk = math.prod((core.single_action_space.shape or ())[:-1])
     steps = start.steps if max_steps is None else min(start.steps, max_steps * chunk)
     at = (lambda value: value) if single else (lambda value: value[row])
-    tape = _Tape(start, steps, columns)
+    tape = _Tape(start, steps, core.reward_every, columns)
     terminated = truncated = False
     with VideoWriter(name.with_name(f"{name.name}.mp4"), fps) as video:
         while not (terminated or truncated or len(tape.rewards) == max_steps):
@@ -175,13 +176,13 @@ def record_rollout(
 class _Tape:
     """Turns environment steps into pictures and keeps what the strip and the record need."""
 
-    def __init__(self, start: Start, steps: int, columns: int) -> None:
+    def __init__(self, start: Start, steps: int, every: int, columns: int) -> None:
         self.rewards: list[float] = []
         self.terms: dict[str, list[float]] = {}
         self.trace: list[float] = []
         self._start = start
-        self._steps = steps
-        self._shown = set(strip_steps(steps, columns))
+        self._steps, self._every = steps, every
+        self._shown = {every * shown for shown in strip_steps(steps // every, columns)}
         self._columns: list[StepFrames] = []
         self._last: StepFrames | None = None
         self._picture: StepPicture | None = None
@@ -206,7 +207,7 @@ class _Tape:
         for key, value in terms.items():
             self.terms.setdefault(key, []).append(value)
         for t in range(int(inputs.valid[index].sum())):
-            self.trace.append(reward)
+            self.trace += [reward] * self._every
             yield self._draw(
                 StepFrames(
                     step=len(self.trace),

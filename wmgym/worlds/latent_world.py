@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 from wmgym.worlds.dynamics import READINGS, DynamicsConfig, LatentDynamics
 from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
-from wmgym.worlds.world import Prediction, WorldState, select_rows
+from wmgym.worlds.world import DTYPES, Prediction, WorldState, select_rows
 
 _ROWS_PER_PASS = 16
 _ROWS_FILLED_TO = 4
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,8 @@ class LatentWorld:
         device: str | torch.device = "cpu",
         dtype: str = "float32",
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r}: allowed are {sorted(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}")
         self.name = name
         self.device = torch.device(device)
         self._autocast = dtype == "bfloat16"

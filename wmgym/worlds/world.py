@@ -20,6 +20,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Arithmetic that the networks of worlds and rewards run in, by name."""
+
 
 @dataclass(frozen=True)
 class WorldState:

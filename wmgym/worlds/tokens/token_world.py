@@ -36,10 +36,9 @@ from wmgym.worlds.tokens.proprio import integrate
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.transformer import TokenDynamics
 from wmgym.worlds.tokens.vocabulary import Vocabulary
-from wmgym.worlds.world import Prediction, WorldState, cat_rows, select_rows
+from wmgym.worlds.world import DTYPES, Prediction, WorldState, cat_rows, select_rows
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GIB = 2**30
 _SHARE_OF_FREE_MEMORY = 0.6
 _SHARE_OF_WORK = 0.75
@@ -122,8 +121,8 @@ class TokenWorld:
         horizon: int = 8,
         memory_gib: float | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r}: allowed are {sorted(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}")
         self.name, self.device = name, torch.device(device)
         self.actions, self.horizon = actions, horizon
         shape = tokenizer.config
@@ -140,12 +139,12 @@ class TokenWorld:
         self.tokenizer: CompressiveTokenizer = networks.to(memory_format=torch.channels_last)
         self._painter = self.tokenizer
         if dtype != "float32":
-            self._painter = copy.deepcopy(self.tokenizer).to(_DTYPES[dtype])
+            self._painter = copy.deepcopy(self.tokenizer).to(DTYPES[dtype])
         self.generator = Generator(
             _frozen(dynamics, self.device),
             self.vocabulary,
             decoding,
-            _DTYPES[dtype],
+            DTYPES[dtype],
             attention,
         )
         self.memory_bytes = int(
