@@ -41,34 +41,21 @@ def _train() -> None:
     """Train a world on demonstrations; resumes when the run's folder holds a checkpoint."""
     from wmgym.worlds.train import TrainConfig, train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(f"trained {train(_options(TrainConfig))}")
+    _training(train, TrainConfig)
 
 
 def _train_tokenizer() -> None:
     """Train the published world's tokenizer; resumes when the run's folder holds a checkpoint."""
     from wmgym.worlds.tokens.train_tokenizer import PRESETS, TokenizerTraining, train_tokenizer
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    presets = {
-        name: TokenizerTraining(data=tyro.MISSING, out=tyro.MISSING, **changes)
-        for name, changes in PRESETS.items()
-    }
-    print(f"trained {train_tokenizer(_options(TokenizerTraining, presets))}")
+    _training(train_tokenizer, TokenizerTraining, PRESETS)
 
 
 def _train_dynamics() -> None:
     """Train the published world's dynamics over a frozen tokenizer; resumes likewise."""
     from wmgym.worlds.tokens.train_dynamics import PRESETS, DynamicsTraining, train_dynamics
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    presets = {
-        name: DynamicsTraining(
-            data=tyro.MISSING, out=tyro.MISSING, tokenizer=tyro.MISSING, **changes
-        )
-        for name, changes in PRESETS.items()
-    }
-    print(f"trained {train_dynamics(_options(DynamicsTraining, presets))}")
+    _training(train_dynamics, DynamicsTraining, PRESETS)
 
 
 def _diagnose() -> None:
@@ -93,45 +80,25 @@ def _bench() -> None:
         print(f"{name:24s} {value}")
 
 
-def _score() -> None:
-    """Score a world's pictures on held-out episodes."""
-    _options(Score).run()
-
-
 def _sft() -> None:
     """Train a policy on demonstrations; resumes when the run's folder holds a checkpoint."""
     from wmgym_agents.sft import PRESETS, SFTConfig, sft
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    presets = {
-        name: SFTConfig(data=tyro.MISSING, out=tyro.MISSING, **changes)
-        for name, changes in PRESETS.items()
-    }
-    print(f"trained {sft(_options(SFTConfig, presets))}")
+    _training(sft, SFTConfig, PRESETS)
 
 
 def _rft() -> None:
     """Fine-tune a policy in imagination with GRPO; resumes like `sft`."""
     from wmgym_agents.grpo import PRESETS, GRPOConfig, grpo
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    presets = {
-        name: GRPOConfig(policy=tyro.MISSING, out=tyro.MISSING, **changes)
-        for name, changes in PRESETS.items()
-    }
-    print(f"trained {grpo(_options(GRPOConfig, presets))}")
-
-
-def _import_policy() -> None:
-    """Make a policy of a folder of the released VLA-RFT (extra `vla`)."""
-    _options(ImportPolicy).run()
+    _training(grpo, GRPOConfig, PRESETS)
 
 
 def _experiment() -> None:
     """Fine-tune a policy in several ways and compare them in LIBERO; resumes (extra `libero`)."""
     from wmgym_agents.experiment import ExperimentConfig, experiment
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_stderr()
     experiment(_options(ExperimentConfig), _command(), print)
 
 
@@ -171,7 +138,7 @@ def _evaluate() -> None:
     """Measure how often a policy solves its tasks in LIBERO; resumes (extra `libero`)."""
     from wmgym_agents.evaluate import PAGE, REPORT, EvaluationConfig, evaluate, report
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_stderr()
     config = _options(EvaluationConfig)
     figures = report(config, evaluate(config), _command())
     for setting, rate in figures["settings"].items():
@@ -194,50 +161,6 @@ def _compare() -> None:
         if count:
             print(f"{name}: {count} episodes left out, which another one has not played")
     print(f"wrote {config.out} and {config.out.with_suffix('.html')}")
-
-
-def _audit() -> None:
-    """Compare imagined with real rewards, chunk by chunk (extra `libero`)."""
-    _options(Audit).run()
-
-
-def _tables() -> None:
-    """Print the README's tables from committed reports."""
-    _options(Report).run()
-
-
-def _subset() -> None:
-    """Copy some episodes of a LeRobot v3 dataset into a smaller one, without re-encoding."""
-    _options(Subset).run()
-
-
-def _convert() -> None:
-    """Turn an RLDS dataset into a LeRobot v3 one, or back; resumes."""
-    _options(Convert).run()
-
-
-COMMANDS: dict[str, Callable[[], None]] = {
-    "demo": _demo,
-    "record": _record,
-    "train": _train,
-    "train-tokenizer": _train_tokenizer,
-    "train-dynamics": _train_dynamics,
-    "diagnose": _diagnose,
-    "score": _score,
-    "audit": _audit,
-    "sft": _sft,
-    "rft": _rft,
-    "import-policy": _import_policy,
-    "evaluate": _evaluate,
-    "compare": _compare,
-    "experiment": _experiment,
-    "bench": _bench,
-    "bench-published": _bench_published,
-    "bench-rft": _bench_rft,
-    "report": _tables,
-    "subset": _subset,
-    "convert": _convert,
-}
 
 
 @dataclass(frozen=True)
@@ -428,6 +351,31 @@ class Convert:
         print(f"wrote {out}")
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": _demo,
+    "record": _record,
+    "train": _train,
+    "train-tokenizer": _train_tokenizer,
+    "train-dynamics": _train_dynamics,
+    "diagnose": _diagnose,
+    "score": Score,
+    "audit": Audit,
+    "sft": _sft,
+    "rft": _rft,
+    "import-policy": ImportPolicy,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "experiment": _experiment,
+    "bench": _bench,
+    "bench-published": _bench_published,
+    "bench-rft": _bench_rft,
+    "report": Report,
+    "subset": Subset,
+    "convert": Convert,
+}
+"""What a name runs: a function, or a class whose fields are the options."""
+
+
 def _beside(world: Path, name: str) -> Path:
     """Where a report of a world goes by default: never among the files that ship."""
     from wmgym.assets import asset_path
@@ -443,6 +391,17 @@ def _report(path: Path, figures: dict[str, Any], seed: int) -> None:
     print(f"wrote {path}")
 
 
+def _training(
+    train: Callable[[Any], Path], kind: type[Any], presets: dict[Any, Any] | None = None
+) -> None:
+    _log_to_stderr()
+    print(f"trained {train(_options(kind, presets))}")
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
 def _command() -> str:
     return shlex.join(["wmgym", *sys.argv[1:]])
 
@@ -452,7 +411,7 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
 
     Args:
         kind: A dataclass.
-        presets: Defaults by name; `--preset NAME`, else the first, chooses among them.
+        presets: Changed defaults by name; `--preset NAME`, else the first, chooses among them.
     """
     name, *given = sys.argv[1:]
     read = functools.partial(
@@ -467,6 +426,11 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
     words = [part for word in given for part in word.split("=", 1)]
     chosen = words[words.index("--preset") + 1 :][:1] if "--preset" in words else []
     preset = chosen[0] if chosen and chosen[0] in presets else next(iter(presets))
+    needed = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
     explained = tyro.conf.arg(help="Chooses the defaults of all other options.")
     named: Any = Literal[tuple(presets)]
     both = dataclasses.make_dataclass(
@@ -476,7 +440,7 @@ def _options(kind: type[Any], presets: dict[Any, Any] | None = None) -> Any:
             (
                 "options",
                 Annotated[kind, tyro.conf.arg(name="")],
-                dataclasses.field(default=presets[preset]),
+                dataclasses.field(default=kind(**needed, **presets[preset])),
             ),
         ],
     )
@@ -498,7 +462,8 @@ def main() -> None:
         print(f"{_usage()}\n\nwmgym: no such command: {name!r}", file=sys.stderr)
         sys.exit(2)
     try:
-        COMMANDS[name]()
+        command = COMMANDS[name]
+        _options(command).run() if isinstance(command, type) else command()
     except (ValueError, ArithmeticError, OSError, NotImplementedError, MissingExtraError) as error:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:
