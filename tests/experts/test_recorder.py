@@ -214,7 +214,7 @@ class HereAndNow:
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setattr(recorder, "Simulator", ToySimulator)
-    monkeypatch.setattr(recorder, "expert", ToyExpert)
+    monkeypatch.setattr(recorder, "Expert", ToyExpert)
     monkeypatch.setattr(recorder, "initial_states", lambda suite, task: np.arange(50.0)[:, None])
     monkeypatch.setattr(recorder, "in_workers", HereAndNow.run)
     monkeypatch.setattr(HereAndNow, "jobs", [])
