@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from coded_episodes import LENGTHS, decoded_numbers, make_episode
+from folders import contents
 
 from wmgym.data import (
     DatasetError,
@@ -22,10 +23,6 @@ from wmgym.data import (
 )
 
 NAMES = [f"episode-{i}" for i in range(len(LENGTHS))]
-
-
-def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def test_staged_description_is_what_was_given(tmp_path, episodes):
