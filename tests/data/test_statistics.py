@@ -58,6 +58,15 @@ def test_published_files_have_no_mask_for_proprio():
         VectorStatistics.from_dict({k: v for k, v in entries.items() if k != "q99"})
 
 
+def test_missing_entries_are_named(joined_root, tmp_path):
+    entries = Statistics.of([LeRobotDataset(joined_root)]).to_dict()
+    del entries["proprio"], entries["num_transitions"]
+    path = tmp_path / "dataset_statistics.json"
+    path.write_text(json.dumps({"x": entries}))
+    with pytest.raises(ValueError, match="lack proprio, num_transitions; present: action, num_tra"):
+        Statistics.load(path)
+
+
 def test_values_without_rows_are_refused():
     with pytest.raises(ValueError, match=r"\(0, 7\), expected \(N, D\)"):
         VectorStatistics.of(np.zeros((0, 7)))

@@ -15,7 +15,7 @@ masked out, normalised actions differ in nothing but the gripper itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,7 @@ class VectorStatistics:
             ValueError: An entry is missing.
         """
         names = ("mean", "std", "min", "max", "q01", "q99")
-        missing = [name for name in names if name not in entries]
-        if missing:
-            raise ValueError(f"statistics lack {', '.join(missing)}; present: {', '.join(entries)}")
+        _check_entries(entries, names)
         arrays = {name: np.asarray(entries[name], np.float64) for name in names}
         mask = np.asarray(entries.get("mask", np.ones(len(arrays["mean"]))), np.bool_)
         return cls(**arrays, mask=mask)
@@ -158,7 +156,12 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> Statistics:
-        """From the value of one key of dataset_statistics.json."""
+        """From the value of one key of dataset_statistics.json.
+
+        Raises:
+            ValueError: An entry is missing.
+        """
+        _check_entries(entries, ("action", "proprio", "num_transitions", "num_trajectories"))
         return cls(
             action=VectorStatistics.from_dict(entries["action"]),
             proprio=VectorStatistics.from_dict(entries["proprio"]),
@@ -178,3 +181,9 @@ class Statistics:
     def save(self, path: str | Path, name: str) -> None:
         """Writes a dataset_statistics.json with this as its only key, atomically."""
         write_text(Path(path), json.dumps({name: self.to_dict()}, indent=2))
+
+
+def _check_entries(entries: Collection[str], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in entries]
+    if missing:
+        raise ValueError(f"statistics lack {', '.join(missing)}; present: {', '.join(entries)}")
