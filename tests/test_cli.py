@@ -160,7 +160,7 @@ def test_subset_copies_what_was_asked_for(wmgym, tiny_dataset, tmp_path):
     assert LeRobotDataset(kept).read(0).sim_states is None
 
 
-def test_evaluate_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, tiny_world, tmp_path):
+def test_score_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, tiny_world, tmp_path):
     report = tmp_path / "report.json"
     line = ("score", "--data", tiny_dataset, "--world", tiny_world, "--out", report)
     options = ("--windows", 3, "--seed", 4)
@@ -179,7 +179,7 @@ def test_evaluate_writes_a_report_that_can_be_made_again(wmgym, tiny_dataset, ti
         assert shown in printed
 
 
-def test_evaluate_reports_beside_the_world(wmgym, tiny_dataset, tiny_world):
+def test_score_reports_beside_the_world(wmgym, tiny_dataset, tiny_world):
     code, _, _ = wmgym("score", "--data", tiny_dataset, "--world", tiny_world, "--windows", 1)
     assert code == 0
     report = tiny_world / "report.json"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from wmgym.data import open_dataset
 from wmgym.envs.simulator import Simulator, gripper_command_after
 from wmgym.extras import require
+from wmgym.files import complete
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_distance
 from wmgym.workers import in_workers
@@ -148,15 +149,13 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
             proprio.append(simulator.proprio())
             objects.append(np.stack(list(simulator.object_positions().values())))
     chunks, steps, _ = start.actions.shape
-    part = target.with_name(target.name + ".part")
-    with part.open("wb") as file:
+    with complete(target) as part, part.open("wb") as file:
         np.savez_compressed(
             file,
             frames=np.stack(frames).reshape(chunks, steps, height, width, 3),
             proprio=np.stack(proprio).reshape(chunks, steps, -1),
             objects=np.stack(objects).reshape(chunks, steps, -1, 3),
         )
-    part.replace(target)
 
 
 def run_for_real(starts: Sequence[Start], config: AuditConfig, *, progress: bool = True) -> None:
@@ -309,6 +308,5 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     axes[1, 1].set_title(
         f"{report['n_chunks']} chunks, {100 * report['pairs_wrong']:.1f} % of pairs ordered wrongly"
     )
-    part = Path(f"{path}.part")
-    figure.savefig(part, dpi=110, format="png")
-    part.replace(path)
+    with complete(Path(path)) as part:
+        figure.savefig(part, dpi=110, format="png")

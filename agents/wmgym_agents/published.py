@@ -67,7 +67,7 @@ def load_published(
         raise ValueError("config.encoder must be a VLAAdapterConfig, as in PRESETS['vla-adapter']")
     try:
         statistics = Statistics.load(folder / STATISTICS, suite)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / STATISTICS} has no statistics for suite={suite!r}: {error}"
         ) from None

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wmgym.envs.rollout import to_images
 from wmgym.envs.scoring import RewardInputs
 from wmgym.envs.starts import Start
 from wmgym.envs.vector import WorldModelVectorEnv
@@ -128,17 +129,12 @@ def _pictures(
     for inputs, reward in zip(steps, rewards[:, row].tolist(), strict=True):
         assert inputs.reference_frames is not None
         for t in range(int(inputs.valid[row].sum())):
-            acted, reference = inputs.frames[row, t], inputs.reference_frames[row, t]
+            both = torch.stack([inputs.frames[row, t], inputs.reference_frames[row, t]])
             trace.append(reward)
-            frames.append(StepFrames(len(trace), _image(acted), _image(reference)))
+            frames.append(StepFrames(len(trace), *to_images(both).cpu().numpy()))
     detail = f"task {info.task_id} · episode {info.episode_id} · from frame {start.frame_index}"
     picture = StepPicture(info.instruction, detail, frames[0], len(trace))
     return [picture.compose(each, trace[: each.step], {}) for each in frames]
-
-
-def _image(frame: Tensor) -> NDArray[np.uint8]:
-    """`(3, H, W)` in [0, 1] as `(H, W, 3)` uint8."""
-    return (frame.float() * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
 def _grid(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,11 +13,23 @@ from wmgym_agents.encoder import hashed_pieces
 from wmgym_agents.policy import CONFIG, STATISTICS, WEIGHTS, FlowVLA
 
 from wmgym.checkpoints import CheckpointError
-from wmgym.data.statistics import normalize_q99, unnormalize_q99
+from wmgym.data.statistics import VectorStatistics
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def normalize_q99(values, s):
+    """BOUNDS_Q99 as OpenVLA writes it."""
+    scaled = np.clip(2 * (values - s.q01) / (s.q99 - s.q01 + 1e-8) - 1, -1, 1)
+    return np.where(s.min == s.max, 0.0, np.where(s.mask, scaled, values))
+
+
+def unnormalize_q99(values, s):
+    """The inverse of `normalize_q99` on values that it did not clip; constants are restored."""
+    raw = np.where(s.mask, 0.5 * (values + 1) * (s.q99 - s.q01 + 1e-8) + s.q01, values)
+    return np.where(s.min == s.max, s.min, raw)
 
 
 def test_actions_are_those_of_the_environment():
@@ -44,6 +57,23 @@ def test_scales_are_those_of_the_statistics():
     ours = policy.action_scale.to_unit(torch.from_numpy(values)).numpy()
     expected = normalize_q99(values, policy.statistics.action)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_scales_restore_what_they_did_not_clip_and_constants():
+    data = np.random.default_rng(0).normal(scale=0.3, size=(500, 7)).astype(np.float32)
+    data[:, 4] = 0.3
+    statistics = VectorStatistics.of(data, np.arange(7) < 6)
+    scale = FlowVLA(
+        small.CONFIG, dataclasses.replace(small.statistics(), action=statistics)
+    ).action_scale
+    inside = np.clip(data, statistics.q01, statistics.q99).astype(np.float32)
+    inside[:, 6] = np.sign(inside[:, 6])
+    unit = scale.to_unit(torch.from_numpy(inside))
+    np.testing.assert_allclose(unit, normalize_q99(inside, statistics), atol=1e-5)
+    assert (unit[:, 4] == 0).all()
+    restored = scale.from_unit(unit).numpy()
+    np.testing.assert_allclose(restored, unnormalize_q99(unit.numpy(), statistics), atol=1e-5)
+    np.testing.assert_allclose(restored, inside, atol=1e-5)
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one():

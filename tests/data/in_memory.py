@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ class InMemory:
         if not wrist:
             pieces["wrist_images"] = None
         return dataclasses.replace(given, info=self.episodes[episode_id], start=start, **pieces)
+
+    def fingerprint(self):
+        numbers = b"".join(episode.actions.tobytes() for episode in self._given)
+        return hashlib.sha256(numbers).hexdigest()
 
 
 def write(out: Path) -> Path:

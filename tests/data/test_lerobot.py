@@ -60,10 +60,10 @@ def test_wrist_images_are_read_only_when_asked_for(root):
     assert LeRobotDataset(root).read(0).wrist_images is None
 
 
-def test_numbers_without_images(root, episodes):
-    dataset = LeRobotDataset(root)
-    for path in (root / "videos").rglob("*.mp4"):
-        assert path.stat().st_size > 0
+def test_numbers_are_read_without_videos(root, episodes, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "dataset")
+    shutil.rmtree(copy / "videos")
+    dataset = LeRobotDataset(copy)
     proprio, actions = dataset.read_numbers(2)
     np.testing.assert_array_equal(proprio, episodes[2].proprio)
     np.testing.assert_array_equal(actions, episodes[2].actions)
@@ -73,6 +73,17 @@ def test_a_small_cache_changes_nothing(root):
     big, small = LeRobotDataset(root), LeRobotDataset(root, cache_bytes=0)
     for i in (3, 0, 2, 1, 0):
         np.testing.assert_array_equal(big.read(i).sim_states, small.read(i).sim_states)
+
+
+@pytest.mark.parametrize(("cache_bytes", "kept"), [(0, 1), (1, 1), (2**20, 3)])
+def test_row_groups_are_kept_within_the_bound_and_the_last_one_always(
+    public_root, cache_bytes, kept
+):
+    root, numbers = public_root
+    dataset = pickle.loads(pickle.dumps(LeRobotDataset(root, cache_bytes=cache_bytes)))
+    for _ in range(2):  # three row groups of the first file
+        np.testing.assert_array_equal(dataset.read_numbers(0)[0], numbers[0][0])
+        assert len(dataset._tables._groups) == kept
 
 
 def test_threads_and_pickles_read_the_same(root):

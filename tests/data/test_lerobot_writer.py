@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from coded_episodes import LENGTHS, decoded_numbers, make_episode
+from folders import contents
 
 from wmgym.data import (
     DatasetError,
     LeRobotDataset,
     assemble,
     stage_episode,
-    staged_info,
     staged_names,
     subset,
 )
@@ -25,13 +25,9 @@ from wmgym.data import (
 NAMES = [f"episode-{i}" for i in range(len(LENGTHS))]
 
 
-def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
-def test_staged_description_is_what_was_given(staging, episodes):
-    assert staged_names(staging) == NAMES
-    info = staged_info(staging, "episode-1")
+def test_staged_description_is_what_was_given(tmp_path, episodes):
+    info = stage_episode(tmp_path, "episode-1", episodes[1])
+    assert staged_names(tmp_path) == ["episode-1"]
     assert info.length == LENGTHS[1]
     assert info.instruction == episodes[1].info.instruction
     assert info.extra["fixture"] == {"cabinet": [0.0, 1.0, 2.0]}

@@ -22,7 +22,6 @@ from wmgym.data import (
     DatasetError,
     FrameCache,
     RLDSDataset,
-    Statistics,
     StoredDataset,
     open_dataset,
 )
@@ -384,15 +383,6 @@ def test_the_fingerprint_changes_with_the_data(copy):
     data[-1] ^= 1
     path.write_bytes(data)
     assert RLDSDataset(copy).fingerprint() != before
-
-
-def test_statistics_are_those_of_the_stored_numbers(published_root):
-    statistics = Statistics.of([RLDSDataset(published_root)])
-    actions = np.concatenate([vectors(i, "steps/action") for i in range(10)]).astype(np.float64)
-    np.testing.assert_allclose(statistics.action.q99, np.quantile(actions, 0.99, axis=0))
-    assert statistics.num_transitions == sum(LENGTHS)
-    assert statistics.action.min[6] == -1
-    assert statistics.action.mask.tolist() == [True] * 6 + [False]
 
 
 def test_frames_are_cached_at_another_size(published_root, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import slow_tfrecord as slow
 from coded_episodes import LENGTHS, decoded_numbers
+from folders import contents
 from in_memory import InMemory
 from programs import kill_when
 
@@ -39,10 +40,6 @@ def dataset(episodes):
 def written(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("rlds") / NAME
     return write_rlds(dataset, out, wrist=True, episodes_per_shard=3, progress=False)
-
-
-def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from coded_episodes import LENGTHS, make_episode
+from coded_episodes import LENGTHS
 
-from wmgym.data import LeRobotDataset, Statistics, normalize_q99, unnormalize_q99
+from wmgym.data import LeRobotDataset, Statistics
 from wmgym.data.statistics import VectorStatistics
 
 
@@ -25,24 +25,15 @@ def test_equals_numpy_on_all_steps(joined_root, episodes):
     assert (statistics.num_transitions, statistics.num_trajectories) == (sum(LENGTHS), 4)
 
 
-def test_filter_and_datasets_that_only_read_whole_episodes(joined_root):
-    class Plain:
-        """A dataset with nothing but the protocol."""
-
-        episodes = LeRobotDataset(joined_root).episodes
-
-        def read(self, episode_id, start=0, stop=None, *, wrist=False):
-            return make_episode(episode_id, LENGTHS[episode_id])
-
-    def keep(info):
-        return not info.held_out
-
-    a = Statistics.of([LeRobotDataset(joined_root)], keep)
-    b = Statistics.of([Plain()], keep)
-    assert a.num_trajectories == 2
-    assert a.to_dict() == b.to_dict()
+def test_only_episodes_that_pass_the_filter_count(joined_root, episodes):
+    dataset = LeRobotDataset(joined_root)
+    statistics = Statistics.of([dataset], lambda info: not info.held_out)
+    assert statistics.num_trajectories == 2
+    assert statistics.num_transitions == sum(LENGTHS[:2])
+    actions = np.concatenate([episode.actions for episode in episodes[:2]]).astype(np.float64)
+    np.testing.assert_allclose(statistics.action.mean, actions.mean(0))
     with pytest.raises(ValueError, match="no episode passes"):
-        Statistics.of([Plain()], lambda info: False)
+        Statistics.of([dataset], lambda info: False)
 
 
 def test_file_round_trip_and_published_shape(joined_root, tmp_path):
@@ -67,34 +58,13 @@ def test_published_files_have_no_mask_for_proprio():
         VectorStatistics.from_dict({k: v for k, v in entries.items() if k != "q99"})
 
 
-def vector(q01, q99, mask, low=-9.0, high=9.0):
-    n = len(q01)
-    zeros = np.zeros(n)
-    return VectorStatistics(
-        mean=zeros, std=zeros, min=np.full(n, low), max=np.full(n, high),
-        q01=np.array(q01), q99=np.array(q99), mask=np.array(mask),
-    )  # fmt: skip
-
-
-def test_percentiles_go_to_the_bounds_and_beyond_is_clipped():
-    statistics = vector([-0.5, 0.0], [1.5, 2.0], [True, False])
-    values = np.array([[-0.5, -0.5], [0.5, 0.5], [1.5, 1.5], [7.0, 7.0], [-7.0, -7.0]])
-    expected = [[-1, -0.5], [0, 0.5], [1, 1.5], [1, 7], [-1, -7]]
-    normalized = normalize_q99(values, statistics)
-    assert normalized.dtype == np.float32
-    np.testing.assert_allclose(normalized, expected, atol=1e-6)
-
-
-def test_unnormalize_inverts_what_was_not_clipped():
-    rng = np.random.default_rng(0)
-    data = rng.normal(size=(500, 7))
-    data[:, 4] = 0.3
-    statistics = VectorStatistics.of(data, np.arange(7) < 6)
-    inside = np.clip(data, statistics.q01, statistics.q99).reshape(5, 100, 7)
-    normalized = normalize_q99(inside, statistics)
-    assert np.abs(normalized[..., :6]).max() <= 1.0
-    np.testing.assert_array_equal(normalized[..., 4], 0.0)
-    np.testing.assert_allclose(unnormalize_q99(normalized, statistics), inside, atol=1e-6)
+def test_missing_entries_are_named(joined_root, tmp_path):
+    entries = Statistics.of([LeRobotDataset(joined_root)]).to_dict()
+    del entries["proprio"], entries["num_transitions"]
+    path = tmp_path / "dataset_statistics.json"
+    path.write_text(json.dumps({"x": entries}))
+    with pytest.raises(ValueError, match="lack proprio, num_transitions; present: action, num_tra"):
+        Statistics.load(path)
 
 
 def test_values_without_rows_are_refused():

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from coded_episodes import LENGTHS, coded_frames, decoded_numbers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from wmgym.data import DatasetError, EpisodeInfo, FrameCache, LeRobotDataset, WindowSampler, subset
 from wmgym.data.frame_cache import resize
@@ -21,7 +23,6 @@ def cache():
         clean_actions=codes[:, None].repeat(7, 1).astype(np.float32) + 0.5,
         starts=np.array([0, 6, 15]),
         episodes=[EpisodeInfo(e, n, "task") for e, n in enumerate(lengths)],
-        sources=np.zeros(2, np.int64),
     )
 
 
@@ -127,7 +128,6 @@ def test_a_cache_holds_the_decoded_frames(dataset, tmp_path):
     cache = FrameCache.build([dataset, dataset], tmp_path / "cache", progress=False)
     assert cache.image_size == (64, 64)
     assert cache.episodes == dataset.episodes * 2
-    np.testing.assert_array_equal(cache.sources, np.repeat([0, 1], len(LENGTHS)))
     np.testing.assert_array_equal(np.diff(cache.starts), LENGTHS * 2)
     episode = dataset.read(1)
     rows = slice(cache.starts[5], cache.starts[6])
@@ -169,6 +169,16 @@ def test_a_damaged_cache_is_built_anew(dataset, tmp_path, name):
     cache = FrameCache.build([dataset], path, progress=False)
     assert Counting.reads == 8
     assert len(cache.frames) == sum(LENGTHS)
+
+
+def test_a_cache_of_an_older_version_with_more_in_it_is_taken(dataset, tmp_path):
+    FrameCache.build([dataset], tmp_path / "cache", progress=False)
+    index = tmp_path / "cache" / "index.safetensors"
+    with safe_open(index, "numpy") as file:
+        metadata = file.metadata()
+    save_file({**load_file(index), "sources": np.zeros(4, np.int64)}, index, metadata)
+    assert len(FrameCache.build([dataset], tmp_path / "cache", progress=False).episodes) == 4
+    assert Counting.reads == 4
 
 
 def test_an_interrupted_build_is_no_cache(dataset, tmp_path):

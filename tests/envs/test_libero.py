@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 
 from wmgym.envs.libero import LiberoEnv
 from wmgym.envs.simulator import WAIT_ACTION, Simulator, initial_states
-from wmgym.experts import ExpertConfig, expert
+from wmgym.experts import Expert
 from wmgym.spaces import STEP_LIMITS
 
 needs_libero = pytest.mark.libero
@@ -195,7 +195,7 @@ def test_success_terminates_inside_a_chunk(chunked):
     begin(chunked, init_state=0)
     simulator = chunked.simulator
     actions = []
-    for action in expert(simulator.control_env, np.random.default_rng(0), ExpertConfig()):
+    for action in Expert(simulator.control_env, np.random.default_rng(0)):
         actions.append(action)
         simulator.step(action)
         if simulator.success:

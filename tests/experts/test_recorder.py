@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import contents
+from programs import kill_when, run
 from tqdm import tqdm
 
 from wmgym.data import LeRobotDataset
@@ -214,7 +214,7 @@ class HereAndNow:
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setattr(recorder, "Simulator", ToySimulator)
-    monkeypatch.setattr(recorder, "expert", ToyExpert)
+    monkeypatch.setattr(recorder, "Expert", ToyExpert)
     monkeypatch.setattr(recorder, "initial_states", lambda suite, task: np.arange(50.0)[:, None])
     monkeypatch.setattr(recorder, "in_workers", HereAndNow.run)
     monkeypatch.setattr(HereAndNow, "jobs", [])
@@ -222,14 +222,6 @@ def toy(monkeypatch):
     recorder._simulator.cache_clear()
     yield
     recorder._simulator.cache_clear()
-
-
-def content(root: Path) -> dict[str, str]:
-    """Digest of every file below a folder."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
 
 
 def test_a_recording_has_its_takes_in_order_and_labelled(toy, tmp_path):
@@ -289,14 +281,14 @@ def test_an_interrupted_recording_ends_in_the_same_dataset(after, toy, tmp_path,
     monkeypatch.setattr(HereAndNow, "patience", 10**6)
     record(parts, progress=False)
     assert sorted(t.name for t in HereAndNow.jobs) == sorted(t.name for t in takes(parts))
-    assert content(parts.out) == content(whole.out)
+    assert contents(parts.out) == contents(whole.out)
 
 
 def test_the_seed_decides_everything(toy, tmp_path):
     folders = []
     for name, seed in (("a/set", 0), ("b/set", 0), ("c/set", 1)):
         folders.append(record(config(tmp_path / name, seed=seed), progress=False))
-    assert content(folders[0]) == content(folders[1]) != content(folders[2])
+    assert contents(folders[0]) == contents(folders[1]) != contents(folders[2])
 
 
 def test_a_take_does_not_depend_on_what_else_is_recorded(toy, tmp_path):
@@ -362,7 +354,7 @@ def test_takes_may_be_added_with_any_number_of_workers(toy, tmp_path, monkeypatc
     interrupted(parts, monkeypatch)
     record(whole, progress=False)
     record(dataclasses.replace(whole, out=parts.out, workers=3), progress=False)
-    assert content(parts.out) == content(whole.out)
+    assert contents(parts.out) == contents(whole.out)
 
 
 def test_progress_counts_the_takes_of_this_recording_only(toy, tmp_path, monkeypatch):
@@ -452,25 +444,14 @@ def test_workers_have_one_thread_and_this_process_keeps_its_own(monkeypatch):
 @pytest.mark.libero
 def test_a_killed_recording_in_libero_ends_in_the_same_dataset(tmp_path):
     pytest.importorskip("libero", reason="needs the extra `libero`")
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[1]), "MUJOCO_GL": "osmesa"}
-    program = [sys.executable, str(here / "record_short.py")]
+    program = [sys.executable, Path(__file__).with_name("record_short.py")]
     whole, parts = tmp_path / "whole" / "set", tmp_path / "parts" / "set"
-    subprocess.run([*program, str(whole)], env=environment, check=True, timeout=300)
-
+    run([*program, whole])
     staging = parts.with_name("set.staging")
-    with subprocess.Popen([*program, str(parts)], env=environment, start_new_session=True) as run:
-        try:
-            deadline = time.monotonic() + 300
-            while not staged_names(staging):
-                assert run.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            os.killpg(run.pid, signal.SIGKILL)
+    kill_when([*program, parts], lambda: bool(staged_names(staging)))
     assert not parts.exists()
-    subprocess.run([*program, str(parts)], env=environment, check=True, timeout=300)
-    assert content(parts) == content(whole)
+    run([*program, parts])
+    assert contents(parts) == contents(whole)
 
     dataset = LeRobotDataset(whole)
     assert [info.init_state_id for info in dataset.episodes] == [0, 40]

@@ -10,13 +10,13 @@ from skimage import data
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import (
     RewardWeights,
-    VerifiedReward,
     action_reward,
     encode_reference,
     frame_distance,
+    frame_reward,
 )
 
-R, S, SIZE = 3, 4, 40
+R, T, SIZE = 3, 4, 40
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -25,11 +25,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def frames() -> torch.Tensor:
-    """`(R, S, 3, SIZE, SIZE)`: crops of a photo, no two alike."""
+    """`(R, T, 3, SIZE, SIZE)`: crops of a photo, no two alike."""
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1).float() / 255
-    places = np.random.default_rng(0).integers(0, 512 - SIZE, (R * S, 2))
+    places = np.random.default_rng(0).integers(0, 512 - SIZE, (R * T, 2))
     stack = torch.stack([image[:, y : y + SIZE, x : x + SIZE] for y, x in places])
-    return stack.unflatten(0, (R, S))
+    return stack.unflatten(0, (R, T))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -42,13 +42,11 @@ def noisy(frames: torch.Tensor, deviation: float) -> torch.Tensor:
     return (frames + deviation * noise).clamp(0, 1)
 
 
-@pytest.mark.parametrize("kind", ["R2", "R3"])
-def test_reference_gives_exactly_zero_for_every_member_in_any_order(kind, lpips, frames):
-    reward = VerifiedReward(kind, lpips)
-    reference = reward.encode_reference(frames)
+def test_reference_gives_exactly_zero_for_every_member_in_any_order(lpips, frames):
+    reference = encode_reference(frames, lpips)
     rows = torch.tensor([2, 0, 0, 1, 2, 1, 1])
-    value, terms = reward(frames=frames[rows].clone(), reference=reference, rows=rows)
-    assert value.shape == (7, S)
+    value, terms = frame_reward(frames[rows].clone(), reference, lpips, RewardWeights(), rows)
+    assert value.shape == (7, T)
     assert (value == 0).all()
     assert terms.keys() == {"mae", "lpips"}
     assert all((term == 0).all() for term in terms.values())
@@ -62,10 +60,10 @@ def test_lpips_alone_gives_exactly_zero_across_batches(lpips, frames):
 
 
 def test_more_noise_less_reward(lpips, frames):
-    reward = VerifiedReward("R3", lpips)
-    reference = reward.encode_reference(frames)
+    reference = encode_reference(frames, lpips)
     values = [
-        reward(frames=noisy(frames, d), reference=reference)[0] for d in (0.0, 0.02, 0.05, 0.1, 0.2)
+        frame_reward(noisy(frames, deviation), reference, lpips, RewardWeights())[0]
+        for deviation in (0.0, 0.02, 0.05, 0.1, 0.2)
     ]
     assert (torch.stack(values).diff(dim=0) < 0).all()
 
@@ -75,9 +73,9 @@ def test_reward_is_the_formula(frames):
     x = noisy(frames, 0.1)
     weights = RewardWeights(mae=0.5, lpips=2.0)
     reference = encode_reference(frames, lpips)
-    value, terms = VerifiedReward("R2", lpips, weights)(frames=x, reference=reference)
+    value, terms = frame_reward(x, reference, lpips, weights)
     mae = (x - frames).abs().mean((2, 3, 4))
-    perceptual = lpips(x.flatten(0, 1), frames.flatten(0, 1)).unflatten(0, (R, S))
+    perceptual = lpips(x.flatten(0, 1), frames.flatten(0, 1)).unflatten(0, (R, T))
     torch.testing.assert_close(terms["mae"], mae)
     torch.testing.assert_close(terms["lpips"], perceptual)
     torch.testing.assert_close(value, -(0.5 * mae + 2.0 * perceptual))
@@ -94,39 +92,14 @@ def test_results_do_not_depend_on_the_batch(lpips, frames):
             assert torch.equal(value[0], whole[name][i])
 
 
-def test_single_steps_equal_a_chunk(lpips, frames):
-    """Rows may be at different steps of their references."""
-    x = noisy(frames, 0.1)
-    reference = encode_reference(frames, lpips)
-    chunk = frame_distance(x, reference, lpips, RewardWeights())["total"]
-    start = torch.tensor([3, 0, 2])
-    now = x[torch.arange(R), start][:, None]
-    step = frame_distance(now, reference, lpips, RewardWeights(), start=start)["total"]
-    assert torch.equal(step[:, 0], chunk[torch.arange(R), start])
-
-
-def test_selected_and_replaced_references_equal_fresh_ones(lpips, frames):
-    other = frames.flip(4)
-    reference, fresh = encode_reference(frames, lpips), encode_reference(other, lpips)
-    rows = torch.tensor([2, 0])
-    merged = reference.replace(rows, fresh.select(rows))
-    expected = frames.clone()
-    expected[rows] = other[rows]
-    recoded = encode_reference(expected, lpips)
-    assert torch.equal(merged.frames, recoded.frames)
-    assert torch.equal(merged.features, recoded.features)
-    assert torch.equal(reference.frames, frames)
-    assert len(merged) == R
-
-
 def test_without_lpips_only_pixels_count(frames):
-    reward = VerifiedReward("R3", None, RewardWeights(mae=2.0, lpips=0.0))
-    reference = reward.encode_reference(frames)
+    weights = RewardWeights(mae=2.0, lpips=0.0)
+    reference = encode_reference(frames, None)
     assert reference.features is None
-    value, terms = reward(frames=(frames * 0.5), reference=reference)
+    value, terms = frame_reward(frames * 0.5, reference, None, weights)
     assert terms.keys() == {"mae"}
     torch.testing.assert_close(value, -2.0 * terms["mae"])
-    same, _ = reward(frames=frames[:1], reference=reference.select(torch.tensor([0])))
+    same, _ = frame_reward(frames, reference, None, weights)
     assert (same == 0).all()
 
 
@@ -140,11 +113,9 @@ def test_distance_is_differentiable(frames):
 
 
 def test_r1_is_minus_the_mean_absolute_difference():
-    actions = torch.rand(5, S, 7, generator=generator()) * 2 - 1
-    reference = torch.rand(5, S, 7, generator=generator(1)) * 2 - 1
-    reward = VerifiedReward("R1")
-    assert not reward.needs_frames
-    value, terms = reward(actions=actions, reference_actions=reference)
+    actions = torch.rand(5, T, 7, generator=generator()) * 2 - 1
+    reference = torch.rand(5, T, 7, generator=generator(1)) * 2 - 1
+    value, terms = action_reward(actions, reference)
     expected = np.abs(actions.numpy() - reference.numpy()).mean(-1)
     np.testing.assert_allclose(value.numpy(), -expected, rtol=1e-5)
     assert torch.equal(terms["action_l1"], -value)
@@ -161,14 +132,6 @@ def test_bad_weights_are_refused(bad):
 
 
 def test_bad_use_is_refused(frames):
-    with pytest.raises(ValueError, match="R1, R2, R3"):
-        VerifiedReward("R4")
-    with pytest.raises(ValueError, match="lpips"):
-        VerifiedReward("R3")
-    with pytest.raises(ValueError, match="needs frames"):
-        VerifiedReward("R3", None, RewardWeights(lpips=0))(actions=torch.zeros(1, 1, 7))
-    with pytest.raises(ValueError, match="reference_actions"):
-        VerifiedReward("R1")(frames=frames)
     with pytest.raises(ValueError, match="expected"):
         action_reward(torch.zeros(2, 3, 7), torch.zeros(2, 1, 7))
     pixels = RewardWeights(lpips=0)
@@ -179,9 +142,11 @@ def test_bad_use_is_refused(frames):
         frame_distance(frames[..., 1:], reference, None, pixels)
     with pytest.raises(ValueError, match="one entry per row"):
         frame_distance(frames, reference, None, pixels, rows=torch.tensor([0]))
-    with pytest.raises(ValueError, match="do not fit"):
-        frame_distance(frames, reference, None, pixels, start=torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="steps"):
+        frame_distance(frames[:, 1:], reference, None, pixels)
     with pytest.raises(ValueError, match="do not fit"):
         frame_distance(frames, reference, None, pixels, rows=torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="needs LPIPS"):
+        frame_distance(frames, reference, None, RewardWeights())
     with pytest.raises(ValueError, match="no LPIPS features"):
         frame_distance(frames, reference, LPIPS(), RewardWeights())

@@ -39,9 +39,7 @@ def cache_of(*lengths: int) -> FrameCache:
         )
     }
     starts = np.cumsum([0, *lengths])
-    return FrameCache(
-        **joined, starts=starts, episodes=[e.info for e in episodes], sources=starts[:-1] * 0
-    )
+    return FrameCache(**joined, starts=starts, episodes=[e.info for e in episodes])
 
 
 def test_a_film_shows_recorded_imagined_and_difference(tmp_path):

@@ -13,8 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from wmgym.data.episodes import Dataset
-from wmgym.data.frame_cache import Fingerprinted
+from wmgym.data.episodes import StoredDataset
 from wmgym.data.lerobot import LeRobotDataset
 from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.data.opening import open_dataset
@@ -58,7 +57,7 @@ def convert_dataset(
 
 
 def to_lerobot(
-    dataset: Dataset, out_dir: str | Path, *, wrist: bool = False, progress: bool = True
+    dataset: StoredDataset, out_dir: str | Path, *, wrist: bool = False, progress: bool = True
 ) -> Path:
     """Writes all episodes of a dataset, in their order, as a LeRobot v3 dataset at 20 Hz.
 
@@ -97,11 +96,10 @@ def to_lerobot(
     return out
 
 
-def _staged(staging: Path, dataset: Dataset, wrist: bool) -> set[str]:
+def _staged(staging: Path, dataset: StoredDataset, wrist: bool) -> set[str]:
     """Names of the episodes in the staging area, all of which are of this dataset."""
     source = staging / _SOURCE
-    data = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else repr(dataset.episodes)
-    mine = {"data": data, "wrist": wrist}
+    mine = {"data": dataset.fingerprint(), "wrist": wrist}
     check_own(staging, _SOURCE)
     names = set(staged_names(staging))
     if not names:

@@ -17,25 +17,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmgym.data.episodes import Dataset, DatasetError, EpisodeInfo
+from wmgym.data.episodes import DatasetError, EpisodeInfo, StoredDataset
 
 _FRAMES = "frames.u8"
 _INDEX = "index.safetensors"
 _LAYOUT = "2"
-
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A dataset that can tell whether its data changed; of others only the descriptions count."""
-
-    def fingerprint(self) -> str:
-        """Hash that changes when the data change."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,6 @@ class FrameCache:
             that was not recorded.
         starts: `(E + 1,)` int64, the first step of each episode, and `N`.
         episodes: Descriptions in the same order; `episode_id` counts within its own dataset.
-        sources: `(E,)` int64, which of the datasets an episode comes from.
     """
 
     frames: NDArray[np.uint8]
@@ -59,7 +48,6 @@ class FrameCache:
     clean_actions: NDArray[np.float32]
     starts: NDArray[np.int64]
     episodes: list[EpisodeInfo]
-    sources: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         """Checks that the arrays agree."""
@@ -81,7 +69,7 @@ class FrameCache:
     @classmethod
     def build(
         cls,
-        datasets: Sequence[Dataset],
+        datasets: Sequence[StoredDataset],
         path: str | Path,
         *,
         image_size: tuple[int, int] | None = None,
@@ -147,7 +135,6 @@ class FrameCache:
                 clean_actions=arrays["clean_actions"],
                 starts=starts,
                 episodes=[EpisodeInfo(**entry) for entry in json.loads(metadata["episodes"])],
-                sources=arrays["sources"],
             )
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise DatasetError(
@@ -157,7 +144,7 @@ class FrameCache:
 
 def _decode_into(
     folder: Path,
-    datasets: Sequence[Dataset],
+    datasets: Sequence[StoredDataset],
     chosen: list[tuple[int, EpisodeInfo]],
     image_size: tuple[int, int] | None,
     fingerprint: str,
@@ -191,7 +178,6 @@ def _decode_into(
         "actions": np.concatenate(actions),
         "clean_actions": np.concatenate(clean),
         "starts": np.cumsum([0, *map(len, actions)], dtype=np.int64),
-        "sources": np.array([source for source, _ in chosen], np.int64),
     }
     metadata = {
         "fingerprint": fingerprint,
@@ -212,12 +198,11 @@ def resize(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 
 def _fingerprint(
-    datasets: Sequence[Dataset],
+    datasets: Sequence[StoredDataset],
     chosen: list[tuple[int, EpisodeInfo]],
     image_size: tuple[int, int] | None,
 ) -> str:
-    parts: list[object] = [_LAYOUT, image_size, chosen]
-    parts += [d.fingerprint() for d in datasets if isinstance(d, Fingerprinted)]
+    parts = [_LAYOUT, image_size, chosen, *(dataset.fingerprint() for dataset in datasets)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

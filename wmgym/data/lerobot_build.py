@@ -262,8 +262,7 @@ def _write_tasks(path: Path, tasks: list[str]) -> None:
     import pyarrow.parquet as pq
 
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": tasks})
-    metadata = fmt.pandas_index_metadata("task", {"task_index": "int64"})
-    pq.write_table(table.replace_schema_metadata(metadata), path)
+    pq.write_table(table.replace_schema_metadata(fmt.tasks_metadata()), path)
 
 
 def _write_episodes(path: Path, rows: list[dict[str, Any]]) -> None:

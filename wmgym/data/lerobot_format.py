@@ -80,20 +80,16 @@ def video_feature(frames: NDArray[np.uint8], fps: int) -> dict[str, Any]:
     }
 
 
-def pandas_index_metadata(index: str, columns: dict[str, str]) -> dict[bytes, bytes]:
-    """Parquet schema metadata by which pandas restores a string index.
-
-    Args:
-        index: Name of the index column.
-        columns: Name to numpy dtype of the other columns.
-    """
-    described = [_pandas_column(name, dtype, dtype) for name, dtype in columns.items()]
-    described.append(_pandas_column(index, "unicode", "object"))
+def tasks_metadata() -> dict[bytes, bytes]:
+    """Parquet schema metadata by which pandas takes the column `task` for the table's index."""
     column_index = _pandas_column(None, "unicode", "object") | {"metadata": {"encoding": "UTF-8"}}
     document = {
-        "index_columns": [index],
+        "index_columns": ["task"],
         "column_indexes": [column_index],
-        "columns": described,
+        "columns": [
+            _pandas_column("task_index", "int64", "int64"),
+            _pandas_column("task", "unicode", "object"),
+        ],
         "creator": {"library": "pyarrow", "version": "15.0.0"},
         "pandas_version": "2.0.0",
     }

@@ -7,7 +7,6 @@ lie in, and keeps the row groups used last, up to a number of bytes.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wmgym.cache import ByteCache
 from wmgym.data.episodes import DatasetError
 
 if TYPE_CHECKING:
@@ -39,21 +39,12 @@ class StepTables:
     """
 
     def __init__(self, cache_bytes: int) -> None:
-        self._cache_bytes = cache_bytes
-        self._reset()
-
-    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._indices: dict[Path, _FileIndex] = {}
-        self._groups: OrderedDict[tuple[Path, int, tuple[str, ...]], pa.Table] = OrderedDict()
-        self._held = 0
+        self._groups = ByteCache(max(cache_bytes, 1))
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"_cache_bytes": self._cache_bytes}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self._cache_bytes = state["_cache_bytes"]
-        self._reset()
+    def __reduce__(self) -> tuple[type[StepTables], tuple[int]]:
+        return StepTables, (self._groups.max_bytes,)
 
     def read(
         self, path: Path, episode_index: int, start: int, stop: int, columns: list[str]
@@ -88,7 +79,8 @@ class StepTables:
         import pyarrow.parquet as pq
 
         key = (path, group, columns)
-        if key not in self._groups:
+        table = self._groups.get(key)
+        if table is None:
             with pq.ParquetFile(path) as file:
                 missing = [name for name in columns if name not in file.schema_arrow.names]
                 if missing:
@@ -97,12 +89,10 @@ class StepTables:
                         f"present: {', '.join(file.schema_arrow.names)}"
                     )
                 table = file.read_row_group(group, columns=list(columns), use_threads=False)
-            self._groups[key] = table.select(columns)
-            self._held += table.nbytes
-        self._groups.move_to_end(key)
-        while self._held > self._cache_bytes and len(self._groups) > 1:
-            self._held -= self._groups.popitem(last=False)[1].nbytes
-        return self._groups[key]
+            table = table.select(columns)
+            # One that is larger than the bound is kept, too: it takes the place of all others.
+            self._groups.put(key, table, min(table.nbytes, self._groups.max_bytes))
+        return table
 
 
 def _index(path: Path) -> _FileIndex:

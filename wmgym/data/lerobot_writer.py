@@ -95,15 +95,6 @@ def staged_names(staging_dir: str | Path) -> list[str]:
     )
 
 
-def staged_info(staging_dir: str | Path, name: str) -> EpisodeInfo:
-    """Description of a staged episode; its `episode_id` is -1.
-
-    Raises:
-        DatasetError: No such episode, or its description is damaged.
-    """
-    return EpisodeInfo(**_staged_document(Path(staging_dir) / name)["episode"])
-
-
 def assemble(
     staging_dir: str | Path,
     out_dir: str | Path,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from wmgym.data import lerobot_format, rlds_format
 from wmgym.data.episodes import DatasetError, StoredDataset
+from wmgym.data.lerobot import LeRobotDataset
+from wmgym.data.rlds import RLDSDataset
 
 
 def open_dataset(folder: str | os.PathLike[str]) -> StoredDataset:
@@ -17,11 +19,7 @@ def open_dataset(folder: str | os.PathLike[str]) -> StoredDataset:
     """
     index = index_file(folder)
     if index.name == rlds_format.INFO_PATH:
-        from wmgym.data.rlds import RLDSDataset
-
         return RLDSDataset(index.parent)
-    from wmgym.data.lerobot import LeRobotDataset
-
     return LeRobotDataset(Path(folder))
 
 

@@ -36,9 +36,8 @@ from wmgym.data.episodes import DatasetError, Episode, EpisodeInfo, check_steps
 from wmgym.data.libero_tasks import task_numbers
 from wmgym.data.tf_example import EncodingError, Span
 from wmgym.data.tfrecord import Record, index_records, read_bytes, read_record
+from wmgym.spaces import ACTION_DIM, PROPRIO_DIM
 
-ACTION_DIM = 7
-PROPRIO_DIM = 8
 _BUFFER = 1024  # bytes read at a time while walking, less than a picture
 
 
@@ -232,7 +231,7 @@ def _header(record: Record, file: BinaryIO) -> _Header:
         )
 
     def read(name: str) -> bytes:
-        span = spans.get(name, Span("", 0, 0))
+        span = spans.get(name, Span(0, 0))
         file.seek(span.start)
         return file.read(span.stop - span.start)
 

@@ -33,8 +33,7 @@ from numpy.typing import NDArray
 
 from wmgym.data import rlds_format as fmt
 from wmgym.data import tf_example
-from wmgym.data.episodes import Dataset, DatasetError, Episode, EpisodeInfo
-from wmgym.data.frame_cache import Fingerprinted
+from wmgym.data.episodes import DatasetError, Episode, EpisodeInfo, StoredDataset
 from wmgym.data.tfrecord import OVERHEAD, index_records, write_record
 from wmgym.files import check_own, write_text
 
@@ -67,7 +66,7 @@ class _Layout:
 
 
 def write_rlds(
-    dataset: Dataset,
+    dataset: StoredDataset,
     out_dir: str | Path,
     *,
     wrist: bool = False,
@@ -169,7 +168,7 @@ def _jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _check(dataset: Dataset, out: Path, quality: int, episodes_per_shard: int) -> None:
+def _check(dataset: StoredDataset, out: Path, quality: int, episodes_per_shard: int) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", out.name, re.ASCII):
         raise ValueError(
             f"{out}: the folder's name becomes the dataset's, for which TFDS allows letters, "
@@ -185,9 +184,9 @@ def _check(dataset: Dataset, out: Path, quality: int, episodes_per_shard: int) -
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
 
 
-def _fingerprint(dataset: Dataset, options: tuple[object, ...]) -> str:
-    data = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else ""
-    return hashlib.sha256(repr((options, dataset.episodes, data)).encode()).hexdigest()
+def _fingerprint(dataset: StoredDataset, options: tuple[object, ...]) -> str:
+    parts = (options, dataset.episodes, dataset.fingerprint())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _begin(part: Path, fingerprint: str) -> None:
@@ -210,7 +209,7 @@ def _plan(episodes: list[EpisodeInfo], most: int) -> list[list[EpisodeInfo]]:
 def _write_shards(
     folder: Path,
     name: str,
-    dataset: Dataset,
+    dataset: StoredDataset,
     plan: list[list[EpisodeInfo]],
     layout: _Layout,
     quality: int,

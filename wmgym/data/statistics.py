@@ -1,4 +1,4 @@
-"""Statistics of actions and proprioception, and the normalisation made of them.
+"""Statistics of actions and proprioception, and the normalisation that policies make of them.
 
 `BOUNDS_Q99` maps the 1st and 99th percentile to -1 and 1 and clips:
 `clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)`, on the dimensions of a mask; others pass
@@ -15,18 +15,16 @@ masked out, normalised actions differ in nothing but the gripper itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmgym.data.episodes import Dataset, EpisodeInfo
+from wmgym.data.episodes import EpisodeInfo, StoredDataset
 from wmgym.files import write_text
-
-EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ class VectorStatistics:
             ValueError: An entry is missing.
         """
         names = ("mean", "std", "min", "max", "q01", "q99")
-        missing = [name for name in names if name not in entries]
-        if missing:
-            raise ValueError(f"statistics lack {', '.join(missing)}; present: {', '.join(entries)}")
+        _check_entries(entries, names)
         arrays = {name: np.asarray(entries[name], np.float64) for name in names}
         mask = np.asarray(entries.get("mask", np.ones(len(arrays["mean"]))), np.bool_)
         return cls(**arrays, mask=mask)
@@ -110,13 +106,12 @@ class Statistics:
     @classmethod
     def of(
         cls,
-        datasets: Iterable[Dataset],
+        datasets: Iterable[StoredDataset],
         episode_filter: Callable[[EpisodeInfo], bool] | None = None,
     ) -> Statistics:
         """Statistics over the episodes of datasets that pass the filter.
 
-        Only actions and proprioception are held in memory, 60 bytes a step; images are not decoded
-        if the dataset can read without them.
+        Only actions and proprioception are read, and held in memory, 60 bytes a step.
 
         Raises:
             ValueError: No episode passes.
@@ -126,7 +121,7 @@ class Statistics:
         for dataset in datasets:
             for info in dataset.episodes:
                 if episode_filter is None or episode_filter(info):
-                    p, a = read_numbers(dataset, info.episode_id)
+                    p, a = dataset.read_numbers(info.episode_id)
                     proprio.append(p)
                     actions.append(a)
         if not actions:
@@ -161,7 +156,12 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> Statistics:
-        """From the value of one key of dataset_statistics.json."""
+        """From the value of one key of dataset_statistics.json.
+
+        Raises:
+            ValueError: An entry is missing.
+        """
+        _check_entries(entries, ("action", "proprio", "num_transitions", "num_trajectories"))
         return cls(
             action=VectorStatistics.from_dict(entries["action"]),
             proprio=VectorStatistics.from_dict(entries["proprio"]),
@@ -183,37 +183,7 @@ class Statistics:
         write_text(Path(path), json.dumps({name: self.to_dict()}, indent=2))
 
 
-def normalize_q99(values: NDArray, statistics: VectorStatistics) -> NDArray[np.float32]:
-    """Maps values `(..., D)` to [-1, 1] by the 1st and 99th percentile (BOUNDS_Q99)."""
-    s = statistics
-    x = np.asarray(values, np.float64)
-    scaled = np.clip(2.0 * (x - s.q01) / (s.q99 - s.q01 + EPSILON) - 1.0, -1.0, 1.0)
-    normalized = np.where(s.mask, scaled, x)
-    return np.where(s.min == s.max, 0.0, normalized).astype(np.float32)
-
-
-def unnormalize_q99(values: NDArray, statistics: VectorStatistics) -> NDArray[np.float32]:
-    """The inverse of `normalize_q99` on values that it did not clip; constants are restored."""
-    s = statistics
-    x = np.asarray(values, np.float64)
-    raw = np.where(s.mask, 0.5 * (x + 1.0) * (s.q99 - s.q01 + EPSILON) + s.q01, x)
-    return np.where(s.min == s.max, s.min, raw).astype(np.float32)
-
-
-@runtime_checkable
-class NumberReader(Protocol):
-    """A dataset that reads an episode's numbers without decoding its images."""
-
-    def read_numbers(self, episode_id: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Proprioception `(N, 8)` and actions `(N, 7)` of an episode."""
-        ...
-
-
-def read_numbers(
-    dataset: Dataset, episode_id: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Proprioception `(N, 8)` and actions `(N, 7)` of an episode of any dataset."""
-    if isinstance(dataset, NumberReader):
-        return dataset.read_numbers(episode_id)
-    episode = dataset.read(episode_id)
-    return episode.proprio, episode.actions
+def _check_entries(entries: Collection[str], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in entries]
+    if missing:
+        raise ValueError(f"statistics lack {', '.join(missing)}; present: {', '.join(entries)}")

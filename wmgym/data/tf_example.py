@@ -24,7 +24,7 @@ Values = Sequence[bytes] | NDArray
 """Values of a feature: bytes, or numbers `(n,)`."""
 
 _VARINT, _EIGHT, _SIZED, _FOUR = 0, 1, 2, 5
-_KINDS = {1: "bytes", 2: "floats", 3: "ints"}
+_LISTS = {1, 2, 3}
 _LONGEST_HEAD = 20
 
 
@@ -37,12 +37,10 @@ class Span:
     """Where the values of a feature lie in a file.
 
     Attributes:
-        kind: "bytes", "floats" or "ints".
         start: First byte of the list of values.
         stop: First byte after it.
     """
 
-    kind: str
     start: int
     stop: int
 
@@ -61,10 +59,9 @@ def scan(file: BinaryIO, start: int, stop: int) -> dict[str, Span]:
                 if number == 1:
                     name = _text(file, *place)
                 else:
-                    spans = list(_messages(file, *place, set(_KINDS)))
+                    spans = list(_messages(file, *place, _LISTS))
             if spans:  # of several in a oneof, the last counts
-                number, place = spans[-1]
-                found[name] = Span(_KINDS[number], *place)
+                found[name] = Span(*spans[-1][1])
     return found
 
 
@@ -101,16 +98,6 @@ def ints(data: bytes) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
-def decode(data: bytes) -> dict[str, Values]:
-    """A whole message; features without values are absent.
-
-    Raises:
-        EncodingError: The bytes are no Example.
-    """
-    spans = scan(io.BytesIO(data), 0, len(data))
-    return {name: _values(data[span.start : span.stop], span.kind) for name, span in spans.items()}
-
-
 def encode(features: Mapping[str, Values]) -> bytes:
     """A message of features, in the order of their names, numbers packed.
 
@@ -122,12 +109,6 @@ def encode(features: Mapping[str, Values]) -> bytes:
         for name in sorted(features)
     ]
     return _sized(1, b"".join(entries))
-
-
-def _values(data: bytes, kind: str) -> Values:
-    if kind == "bytes":
-        return [data[start:stop] for start, stop in items(data)]
-    return floats(data) if kind == "floats" else ints(data)
 
 
 def _list(values: Values) -> bytes:

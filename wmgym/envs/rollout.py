@@ -136,7 +136,7 @@ class Rollout:
         after = EnvState(
             world=world,
             reference=None if branch is None else branch.state,
-            images=_to_images(seen.frames[each, shown]),
+            images=to_images(seen.frames[each, shown]),
             proprio=seen.proprio[each, last].float(),
             targets=self._targets(inputs, state.starts, elapsed, shown),
             starts=list(state.starts),
@@ -225,7 +225,7 @@ class Rollout:
             images = [s.images[e - 1] for s, e in zip(starts, elapsed, strict=True)]
             return torch.from_numpy(np.stack(images)).to(last.device)
         of_group = torch.arange(0, len(last), self.group_size, device=last.device)
-        return _to_images(inputs.reference_frames[of_group, last[of_group]])
+        return to_images(inputs.reference_frames[of_group, last[of_group]])
 
     def _mean(self, values: Tensor, counted: NDArray[np.int64]) -> Tensor:
         """Means `(B,)` over what counts of `(B, T)` or `(B, F)`, summed in order: for any `B`."""
@@ -263,7 +263,7 @@ def _to_frames(images: Tensor) -> Tensor:
     return images.movedim(-1, -3).float() / 255.0
 
 
-def _to_images(frames: Tensor) -> Tensor:
+def to_images(frames: Tensor) -> Tensor:
     """`(..., 3, H, W)` float in [0, 1] to `(..., H, W, 3)` uint8."""
     images = (frames.float() * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
     return images.movedim(-3, -1).contiguous()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Real
-from typing import get_args
 
 import numpy as np
 import torch
@@ -21,13 +20,11 @@ from torch import Tensor
 from wmgym.rewards.perceptual import BACKBONES, LPIPS
 from wmgym.rewards.verified import (
     Reference,
-    RewardKind,
     RewardWeights,
-    VerifiedReward,
+    action_reward,
     encode_reference,
+    frame_reward,
 )
-
-KINDS: dict[str, RewardKind] = {kind: kind for kind in get_args(RewardKind)}
 
 
 @dataclass(frozen=True)
@@ -89,30 +86,22 @@ class Scorer:
     ) -> None:
         if lpips_net not in BACKBONES:
             raise ValueError(f"lpips_net={lpips_net!r}: allowed are 'alex' and 'vgg'")
-        self._function: RewardFunction | None = None
-        self._verified: VerifiedReward | None = None
-        if not isinstance(reward, str):
-            if not callable(reward):
-                raise ValueError(f"reward={reward!r}: allowed are 'R1', 'R2', 'R3' or a function")
-            if weights is not None:
-                raise ValueError("reward_weights go with 'R1', 'R2' and 'R3', not with a function")
-            self._function = reward
-            self.recorded = self.imagined = True
-            return
-        if reward not in KINDS:
+        named = isinstance(reward, str)
+        allowed = reward in ("R1", "R2", "R3") if named else callable(reward)
+        if not allowed:
             raise ValueError(f"reward={reward!r}: allowed are 'R1', 'R2', 'R3' or a function")
-        kind = KINDS[reward]
-        self.recorded, self.imagined = reward == "R2", reward == "R3"
-        chosen = _weights(weights)
-        used = reward != "R1" and chosen.lpips > 0
-        lpips = shared_lpips(device, dtype, lpips_net) if used else None
-        self._verified = VerifiedReward(kind, lpips, chosen)
+        if not named and weights is not None:
+            raise ValueError("reward_weights go with 'R1', 'R2' and 'R3', not with a function")
+        self.recorded = not named or reward == "R2"
+        self.imagined = not named or reward == "R3"
+        self._reward = reward
+        self._weights = _weights(weights)
+        used = reward in ("R2", "R3") and self._weights.lpips > 0
+        self._lpips = shared_lpips(device, dtype, lpips_net) if used else None
 
     def encode(self, frames: Tensor) -> Reference:
         """What comparing with reference frames `(N, T, 3, H, W)` needs, once for all members."""
-        if self._verified is None:
-            return encode_reference(frames, None)
-        return self._verified.encode_reference(frames)
+        return encode_reference(frames, self._lpips)
 
     def __call__(
         self, inputs: RewardInputs, reference: Reference | None, groups: Tensor
@@ -127,16 +116,12 @@ class Scorer:
         Raises:
             ValueError: A function returned something else, or NaN or infinity.
         """
-        if self._verified is not None:
-            return self._verified(
-                actions=inputs.actions,
-                reference_actions=inputs.reference_actions,
-                frames=inputs.frames,
-                reference=reference,
-                rows=groups,
-            )
-        assert self._function is not None
-        rewards = self._function(inputs)
+        if self._reward == "R1":
+            return action_reward(inputs.actions, inputs.reference_actions)
+        if isinstance(self._reward, str):
+            assert reference is not None
+            return frame_reward(inputs.frames, reference, self._lpips, self._weights, groups)
+        rewards = self._reward(inputs)
         valid = inputs.valid
         if not isinstance(rewards, Tensor) or rewards.shape != valid.shape:
             given = (

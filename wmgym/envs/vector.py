@@ -59,7 +59,8 @@ class WorldModelVectorEnv(VectorEnv):
 
     Args:
         num_envs: Number of environments `B`.
-        world: Name of a shipped world, a checkpoint folder, or a `World`, which keeps its device.
+        world: Name of a shipped world, a checkpoint folder, an id on the hub, or a `World`, which
+            keeps its device.
         suite: LIBERO suite whose episodes serve as starts and references.
         tasks: Task ids, None for all of the suite.
         reward: "R1", "R2", "R3", or a function of `RewardInputs` that returns `(n, T)` rewards.
@@ -81,7 +82,6 @@ class WorldModelVectorEnv(VectorEnv):
         cache_mb: Megabytes for starts and reference branches that come up again; 0 keeps none.
         reward_every: Control steps between the frames that are drawn and rewarded, of which
             `action_chunk` and `horizon` are multiples: 4 imagines a chunk of 8 three times as fast.
-
         reference_actions: "recorded": R1 and R3 compare with the actions that were executed.
             "intended": with those that the demonstrator meant, where the dataset tells, that is
             without the noise by which demonstrations were disturbed on purpose. R2 compares with

@@ -6,6 +6,6 @@ They need the simulator (extra `libero`), no images and no learning.
 from __future__ import annotations
 
 from wmgym.experts.arm import ExpertConfig, Phase
-from wmgym.experts.planner import Expert, UnsupportedTaskError, expert, plan
+from wmgym.experts.planner import Expert, UnsupportedTaskError, plan
 
-__all__ = ["Expert", "ExpertConfig", "Phase", "UnsupportedTaskError", "expert", "plan"]
+__all__ = ["Expert", "ExpertConfig", "Phase", "UnsupportedTaskError", "plan"]

@@ -52,15 +52,12 @@ class ExpertConfig:
 
     Attributes:
         speed: Factor on all speed limits, in [0.2, 1].
-        jitter: Draw transit heights, grasp sides and placements at random; without it the expert is
-            the same for every generator.
         grasp_offset: Horizontal error (x, y) of the first grasp, metres. A few centimetres make the
             gripper miss; the expert notices and tries again.
         give_up: One attempt per skill, and the episode ends with the first that fails.
     """
 
     speed: float = 1.0
-    jitter: bool = True
     grasp_offset: tuple[float, float] = (0.0, 0.0)
     give_up: bool = False
 
@@ -98,8 +95,8 @@ class Arm:
         return 1 if self.config.give_up else 4
 
     def vary(self, low: float, high: float) -> float:
-        """A uniform draw, or 0 without jitter."""
-        return float(self.rng.uniform(low, high)) if self.config.jitter else 0.0
+        """A uniform draw: transit heights, grasp sides and placements are never quite the same."""
+        return float(self.rng.uniform(low, high))
 
     def take_grasp_error(self) -> Array:
         """The deliberate error `(3,)` of the grasp at hand: the configured one once, then zero."""
@@ -224,9 +221,9 @@ class Arm:
                 return
             before = now
 
-    def release(self, steps: int = 8) -> Motion:
+    def release(self) -> Motion:
         """Opens the fingers."""
-        yield from self.hold("release", steps, OPEN)
+        yield from self.hold("release", 8, OPEN)
 
     def _action(self, error: Array, turn: Array, grip: float, vmax: float) -> Action:
         linear, angular = _POSITION_GAIN * error, _ROTATION_GAIN * turn

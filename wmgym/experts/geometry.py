@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_OPENING = 0.04
+"""Distance of each open finger from the middle, metres."""
+
 GRIPPER_DOWN: Array = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 
 
@@ -111,15 +114,11 @@ def distance_to_segment(points: Array, start: Array, end: Array) -> Array:
     return np.linalg.norm(points - (start + t[..., None] * along), axis=-1)
 
 
-def gripper_cloud(opening: float = 0.04) -> Array:
-    """Points of the Panda hand and its fingers in the gripper's site frame, `(p, 3)`.
-
-    Args:
-        opening: Distance of each finger from the middle, in metres (0.04 is fully open).
-    """
+def gripper_cloud() -> Array:
+    """Points of the Panda hand and its open fingers in the gripper's site frame, `(p, 3)`."""
     hand = np.meshgrid(
         np.linspace(-0.105, 0.105, 9), (-0.033, 0.0, 0.033), (-0.05, -0.08, -0.11), indexing="ij"
     )
-    across = [side * (opening + d) for side in (-1, 1) for d in (0.004, 0.014)]
+    across = [side * (_OPENING + d) for side in (-1, 1) for d in (0.004, 0.014)]
     fingers = np.meshgrid(across, (-0.011, 0.0, 0.011), (-0.045, -0.02, 0.0, 0.010), indexing="ij")
     return np.concatenate([np.stack(g, axis=-1).reshape(-1, 3) for g in (hand, fingers)])

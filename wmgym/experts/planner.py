@@ -123,8 +123,10 @@ class Expert(Iterator[Action]):
         UnsupportedTaskError: The task's goal is not covered.
     """
 
-    def __init__(self, env: Any, rng: np.random.Generator, config: ExpertConfig) -> None:
-        self._arm = Arm(Scene(env), rng, config)
+    def __init__(
+        self, env: Any, rng: np.random.Generator, config: ExpertConfig | None = None
+    ) -> None:
+        self._arm = Arm(Scene(env), rng, config or ExpertConfig())
         self._actions = _run(self._arm, plan(self._arm.scene.goal, self._arm.scene.objects))
 
     @property
@@ -147,8 +149,3 @@ def _run(arm: Arm, steps: list[Step]) -> Generator[Action, None, None]:
         if not done:
             arm.log.append(f"gave up on: {' '.join(step.predicate)}")
             return
-
-
-def expert(env: Any, rng: np.random.Generator, config: ExpertConfig | None = None) -> Expert:
-    """The scripted expert for the task of a LIBERO environment; see `Expert`."""
-    return Expert(env, rng, config or ExpertConfig())

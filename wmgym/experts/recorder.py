@@ -29,7 +29,7 @@ import wmgym
 from wmgym.data.episodes import HELD_OUT_INIT_STATES, Episode, EpisodeInfo
 from wmgym.data.lerobot_writer import assemble, stage_episode, staged_names
 from wmgym.envs.simulator import Simulator, initial_states, n_tasks
-from wmgym.experts import ExpertConfig, expert
+from wmgym.experts import Expert, ExpertConfig
 from wmgym.files import write_text
 from wmgym.spaces import ACTION_DIM, CONTROL_HZ, STEP_LIMITS
 from wmgym.workers import in_workers
@@ -177,7 +177,7 @@ def _attempt(
         offset = (float(distance * np.cos(angle)), float(distance * np.sin(angle)))
     speed = float(rng.uniform(0.75, 1.0))
     simulator.reset(initial_states(config.suite, take.task_id)[take.init_state_id], seed=seed)
-    actor = expert(
+    actor = Expert(
         simulator.control_env,
         rng,
         ExpertConfig(speed=speed, grasp_offset=offset, give_up=take.kind == "miss"),

@@ -28,6 +28,9 @@ Ids = NDArray[np.intp]
 
 ROBOT_ROOT = "robot0_base"
 GRIPPER_SITE = "gripper0_grip_site"
+_MARGIN = 0.004
+"""Distance to boxes at which the gripper counts as inside, metres."""
+
 _OPEN_GRIPPER = gripper_cloud()
 _GRIPPER_RADIUS = float(np.linalg.norm(_OPEN_GRIPPER, axis=1).max())
 
@@ -129,25 +132,24 @@ class Scene:
         boxes = self._boxes[self._model.geom_bodyid[self._boxes] == self._id("BODY", body)]
         return self._data.geom_xpos[boxes].copy(), self._points(boxes, 2)
 
-    def collisions(self, tip: Array, frame: Array, skip: str, margin: float = 0.004) -> int:
+    def collisions(self, tip: Array, frame: Array, skip: str) -> int:
         """How deep an open gripper at this pose would be in the scene's boxes.
 
         Args:
             tip: Point between the fingertips `(3,)`.
             frame: Gripper orientation `(3, 3)`.
             skip: Object that does not count: the one to be grasped.
-            margin: Safety distance, metres.
 
         Returns:
             Number of sampled gripper points inside a box; 0 is free.
         """
         boxes = self._obstacles(skip)
         centers, half = self._data.geom_xpos[boxes], self._model.geom_size[boxes]
-        radius = np.linalg.norm(half, axis=1) + _GRIPPER_RADIUS + margin
+        radius = np.linalg.norm(half, axis=1) + _GRIPPER_RADIUS + _MARGIN
         near = np.linalg.norm(centers - tip, axis=1) < radius
         rotations = self._data.geom_xmat[boxes[near]].reshape(-1, 3, 3)
         cloud = _OPEN_GRIPPER @ frame.T + tip
-        return count_inside(cloud, centers[near], rotations, half[near], margin)
+        return count_inside(cloud, centers[near], rotations, half[near], _MARGIN)
 
     def clearance(self, start: Array, end: Array, skip: str) -> float:
         """Height that clears everything near the horizontal segment from `start` to `end`.

@@ -16,20 +16,17 @@ from wmgym.experts.arm import ANY, CLOSE, OPEN, Action, Arm, Motion, Pose, Skill
 from wmgym.experts.geometry import Array
 from wmgym.experts.grasps import Chooser, Goal, Grasp, rim_grasp, side_grasp
 
-_LIFTED = 0.04
-"""Rise of the object after which a grasp counts as successful, metres."""
+_LIFT, _LIFTED = 0.12, 0.04
+"""Height of a lift, and rise of the object after which a grasp counts as successful, metres."""
 
 
-def pick(
-    arm: Arm, name: str, choose: Chooser, lift: float = 0.12
-) -> Generator[Action, None, Grasp | None]:
+def pick(arm: Arm, name: str, choose: Chooser) -> Generator[Action, None, Grasp | None]:
     """Takes hold of an object and lifts it.
 
     Args:
         arm: The arm.
         name: The object.
         choose: Chooses the grasp, anew for each attempt.
-        lift: Height of the lift, metres.
 
     Returns:
         The grasp, or None if the object is still down after all attempts.
@@ -39,19 +36,19 @@ def pick(
         if grasp is None:
             arm.log.append(f"no grasp of {name} found")
             return None
-        if (yield from _grab(arm, name, grasp, lift)):
+        if (yield from _grab(arm, name, grasp)):
             return grasp
         arm.log.append(f"missed {name}")
         yield from arm.hold("release", 6, OPEN)
     return None
 
 
-def _grab(arm: Arm, name: str, grasp: Grasp, lift: float) -> Skill:
+def _grab(arm: Arm, name: str, grasp: Grasp) -> Skill:
     """One attempt at a grasp: approach, close, lift."""
     start = arm.scene.position(name)[2]
     yield from _approach(arm, name, grasp, arm.take_grasp_error())
     yield from arm.close()
-    up = arm.scene.tip + lift * grasp.back / grasp.back[2], grasp.frame
+    up = arm.scene.tip + _LIFT * grasp.back / grasp.back[2], grasp.frame
     yield from arm.move("lift", lambda: up, CLOSE, tol=0.015, rtol=ANY, steps=40, vmax=0.7)
     return bool(arm.scene.position(name)[2] - start > _LIFTED)
 

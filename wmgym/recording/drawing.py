@@ -170,7 +170,6 @@ def draw_trace(
     places: Sequence[float],
     labels: Sequence[int],
     current: int | None = None,
-    colour: Colour = POLICY,
 ) -> None:
     """Draws a line plot of one value per step; values that are not finite leave gaps.
 
@@ -181,7 +180,6 @@ def draw_trace(
         places: Horizontal pixel positions of the steps 0, 1, ... of the whole plot.
         labels: Steps that get a tick label.
         current: The step to mark, None for none.
-        colour: Colour of the line.
     """
     left, top, right, bottom = box
     finite = [v for v in values if math.isfinite(v)]
@@ -202,7 +200,7 @@ def draw_trace(
         for step, v in enumerate(values, 1)
         if math.isfinite(v)
     }
-    _draw_curve(picture, box, points, current, colour)
+    _draw_curve(picture, box, points, current)
 
 
 def _draw_curve(
@@ -210,7 +208,6 @@ def _draw_curve(
     box: Box,
     points: dict[int, tuple[float, float]],
     current: int | None,
-    colour: Colour,
 ) -> None:
     """A line from step to step with a dot at each, the current one larger.
 
@@ -227,7 +224,7 @@ def _draw_curve(
     }
     for step in at:
         if step + 1 in at:
-            draw.line([at[step], at[step + 1]], fill=colour, width=2 * _SMOOTHING)
+            draw.line([at[step], at[step + 1]], fill=POLICY, width=2 * _SMOOTHING)
     for step, centre in at.items():
-        draw.circle(centre, (5 if step == current else 2.5) * _SMOOTHING, fill=colour)
+        draw.circle(centre, (5 if step == current else 2.5) * _SMOOTHING, fill=POLICY)
     picture.paste(large.reduce(_SMOOTHING), region[:2])

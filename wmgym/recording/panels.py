@@ -186,6 +186,6 @@ def write_axis_names(picture: Image.Image, axes: tuple[int, int, int, int]) -> N
     drawing.write(picture, (middle, bottom + 34), "control step", size=13, anchor="ms")
 
 
-def step_labels(steps: int, most: int = 16) -> list[int]:
-    """Steps 0, k, 2k, ... up to `steps`, about `most` of them, `k` being 1, 2 or 5 times 10^n."""
-    return [round(t) for t in drawing.ticks(0, steps, most) if t <= steps and t == round(t)]
+def step_labels(steps: int) -> list[int]:
+    """Steps 0, k, 2k, ... up to `steps`, about 16 of them, `k` being 1, 2 or 5 times 10^n."""
+    return [round(t) for t in drawing.ticks(0, steps, most=16) if t <= steps and t == round(t)]

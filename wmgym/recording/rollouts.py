@@ -20,12 +20,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.envs.infos import take_row
+from wmgym.envs.rollout import to_images
 from wmgym.envs.scoring import RewardInputs
 from wmgym.envs.starts import Start
 from wmgym.envs.world_model import WorldModelEnv, WorldModelVectorEnv
@@ -211,8 +211,8 @@ class _Tape:
             yield self._draw(
                 StepFrames(
                     step=len(self.trace),
-                    policy=_image(inputs.frames[index, t]),
-                    reference=None if branch is None else _image(branch[index, t]),
+                    policy=to_images(inputs.frames[index, t]).cpu().numpy(),
+                    reference=None if branch is None else to_images(branch[index, t]).cpu().numpy(),
                     recorded=self._start.images[len(self.trace) - 1],
                 ),
                 terms,
@@ -254,9 +254,3 @@ def _row_info(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 def _terms(info: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in info.get("reward_terms", {}).items()}
-
-
-def _image(frame: Tensor) -> NDArray[np.uint8]:
-    """`(3, H, W)` float in [0, 1] to `(H, W, 3)` uint8."""
-    levels = (frame.float() * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
-    return levels.movedim(0, -1).cpu().numpy()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wmgym.data.video import CRF
+from wmgym.files import complete
 
 
 class VideoWriter:
@@ -54,7 +55,7 @@ class VideoWriter:
             raise ValueError(f"fps={fps!r}: must be above 0")
         self.frames = 0
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._part = _part(self.path)
+        self._part = self.path.with_name(f"{self.path.name}.part")
         self._size: tuple[int, ...] = ()
         self._container: Any = None
         self._stream: Any = None
@@ -151,14 +152,6 @@ def save_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> Pa
     if target.suffix != ".png":
         raise ValueError(f"path={str(path)!r}: pictures are written as .png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(target)
-    try:
+    with complete(target) as part:
         Image.fromarray(picture).save(part, format="PNG")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     return target
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")

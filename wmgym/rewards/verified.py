@@ -10,8 +10,8 @@
 R3 of the reference actions is exactly 0: equal frames have equal features and distance 0, whatever
 the batch. A reference is encoded once and serves every member of a group.
 
-Shapes: `B` environments, `T` control steps, `R` references of `S` >= `T` steps, actions `(B, T, 7)`
-in [-1, 1], frames `(B, T, 3, H, W)` float in [0, 1], rewards and terms `(B, T)` float32.
+Shapes: `B` environments, `T` control steps, `R` references of `T` steps, actions `(B, T, 7)` in
+[-1, 1], frames `(B, T, 3, H, W)` float in [0, 1], rewards and terms `(B, T)` float32.
 
 Source: "VLA-RFT" (2025), whose world-model reward is R3's distance with both weights 1.
 """
@@ -20,15 +20,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from wmgym.rewards.batches import in_fixed_batches
 from wmgym.rewards.perceptual import LPIPS
-
-RewardKind = Literal["R1", "R2", "R3"]
 
 _MICRO_BATCH = 8
 
@@ -59,38 +56,12 @@ class Reference:
     """Frames to compare with, and their LPIPS features.
 
     Attributes:
-        frames: `(R, S, 3, H, W)` float32 in [0, 1].
-        features: `(R, S, D)` float32, None where LPIPS is not used.
+        frames: `(R, T, 3, H, W)` float32 in [0, 1].
+        features: `(R, T, D)` float32, None where LPIPS is not used.
     """
 
     frames: Tensor
     features: Tensor | None
-
-    def __len__(self) -> int:
-        """Number of references `R`."""
-        return len(self.frames)
-
-    def select(self, rows: Tensor) -> Reference:
-        """References `rows` `(N,)` (int64), repeats allowed, as new tensors."""
-        rows = rows.to(self.frames.device)
-        features = None if self.features is None else self.features.index_select(0, rows)
-        return Reference(self.frames.index_select(0, rows), features)
-
-    def replace(self, rows: Tensor, source: Reference) -> Reference:
-        """A copy in which reference `rows[i]` is reference `i` of `source`.
-
-        Raises:
-            ValueError: Only one of the two has features.
-        """
-        rows = rows.to(self.frames.device)
-        if (self.features is None) != (source.features is None):
-            raise ValueError(
-                "one reference has LPIPS features and the other none: encode both alike"
-            )
-        features = None
-        if self.features is not None and source.features is not None:
-            features = self.features.index_copy(0, rows, source.features)
-        return Reference(self.frames.index_copy(0, rows, source.frames), features)
 
 
 def action_reward(actions: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,7 +83,7 @@ def action_reward(actions: Tensor, reference: Tensor) -> tuple[Tensor, dict[str,
 
 
 def encode_reference(frames: Tensor, lpips: LPIPS | None) -> Reference:
-    """Computes what a comparison with `frames` `(R, S, 3, H, W)` needs, once.
+    """Computes what a comparison with `frames` `(R, T, 3, H, W)` needs, once.
 
     Raises:
         ValueError: Wrong shape, or as in `LPIPS.features`.
@@ -132,7 +103,6 @@ def frame_distance(
     lpips: LPIPS | None,
     weights: RewardWeights,
     rows: Tensor | None = None,
-    start: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Distance of frames from reference frames, step by step.
 
@@ -142,22 +112,20 @@ def frame_distance(
         lpips: None leaves the term out; its weight must then be 0.
         weights: Weights of the terms.
         rows: `(B,)` int64, the reference of each row of `frames`; None stands for row `i` of `i`.
-        start: `(B,)` int64, the step of the reference that the first frame is compared with; None
-            stands for 0.
 
     Returns:
         `mae`, `lpips` if it is used, and their weighted sum `total`, each `(B, T)` float32.
 
     Raises:
-        ValueError: Shapes do not fit, a step is outside the reference, or LPIPS or the reference's
-            features are missing.
+        ValueError: Shapes do not fit, a row has no reference, or LPIPS or the reference's features
+            are missing.
     """
     _check_frames(frames)
     if lpips is None and weights.lpips > 0:
         raise ValueError(f"{weights} needs LPIPS: pass lpips=LPIPS() or set the weight lpips=0")
     if lpips is not None and reference.features is None:
         raise ValueError("the reference has no LPIPS features: encode it with the same lpips")
-    index = _flat_index(frames, reference, rows, start)
+    index = _flat_index(frames, reference, rows)
     targets = reference.frames.flatten(0, 1)
     target_features = None if reference.features is None else reference.features.flatten(0, 1)
 
@@ -186,84 +154,15 @@ def frame_reward(
     lpips: LPIPS | None,
     weights: RewardWeights,
     rows: Tensor | None = None,
-    start: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """R2 and R3: minus `frame_distance`, whose arguments and errors it shares.
 
     Returns:
         The reward `(B, T)` and its terms `mae` and, if used, `lpips`.
     """
-    terms = frame_distance(frames, reference, lpips, weights, rows, start)
+    terms = frame_distance(frames, reference, lpips, weights, rows)
     total = terms.pop("total")
     return -total, terms
-
-
-class VerifiedReward:
-    """R1, R2 or R3 with its weights and its LPIPS.
-
-    Args:
-        kind: "R1", "R2" or "R3". The last two differ only in the frames the caller encodes.
-        lpips: Needed for R2 and R3 unless `weights.lpips` is 0.
-        weights: Weights of the terms of R2 and R3.
-
-    Raises:
-        ValueError: Unknown `kind`, or LPIPS is missing.
-    """
-
-    def __init__(
-        self,
-        kind: RewardKind,
-        lpips: LPIPS | None = None,
-        weights: RewardWeights = RewardWeights(),
-    ) -> None:
-        if kind not in get_args(RewardKind):
-            raise ValueError(f"kind={kind!r}: allowed are {', '.join(get_args(RewardKind))}")
-        if kind != "R1" and lpips is None and weights.lpips > 0:
-            raise ValueError(f"{kind} with {weights} needs lpips=LPIPS(), or the weight lpips=0")
-        self.kind = kind
-        self.lpips = lpips
-        self.weights = weights
-
-    @property
-    def needs_frames(self) -> bool:
-        """Whether the reward looks at frames (R2, R3) and not at actions (R1)."""
-        return self.kind != "R1"
-
-    def encode_reference(self, frames: Tensor) -> Reference:
-        """`encode_reference` with this reward's LPIPS."""
-        return encode_reference(frames, self.lpips)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        *,
-        actions: Tensor | None = None,
-        reference_actions: Tensor | None = None,
-        frames: Tensor | None = None,
-        reference: Reference | None = None,
-        rows: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reward `(B, T)` and its terms, each `(B, T)`.
-
-        Args:
-            actions: `(B, T, 7)`, for R1.
-            reference_actions: `(B, T, 7)`, for R1.
-            frames: `(B, T, 3, H, W)`, for R2 and R3.
-            reference: For R2 the recorded frames, for R3 the imagined ones.
-            rows: As in `frame_distance`.
-            start: As in `frame_distance`.
-
-        Raises:
-            ValueError: An argument that the kind needs is missing, or shapes do not fit.
-        """
-        if self.needs_frames:
-            if frames is None or reference is None:
-                raise ValueError(f"{self.kind} needs frames and reference")
-            return frame_reward(frames, reference, self.lpips, self.weights, rows, start)
-        if actions is None or reference_actions is None:
-            raise ValueError("R1 needs actions and reference_actions")
-        return action_reward(actions, reference_actions)
 
 
 def _check_frames(frames: Tensor) -> None:
@@ -274,30 +173,21 @@ def _check_frames(frames: Tensor) -> None:
         )
 
 
-def _flat_index(
-    frames: Tensor, reference: Reference, rows: Tensor | None, start: Tensor | None
-) -> Tensor:
-    """Index `(B, T)` of every frame's counterpart among the `R * S` reference frames."""
+def _flat_index(frames: Tensor, reference: Reference, rows: Tensor | None) -> Tensor:
+    """Index `(B, T)` of every frame's counterpart among the `R * T` reference frames."""
     count, steps = frames.shape[:2]
-    references, length = reference.frames.shape[:2]
-    if frames.shape[2:] != reference.frames.shape[2:]:
+    references = len(reference.frames)
+    if frames.shape[1:] != reference.frames.shape[1:]:
         raise ValueError(
             f"frames {tuple(frames.shape)} and reference {tuple(reference.frames.shape)} have "
-            "different sizes"
+            "different steps or sizes"
         )
-    device = frames.device
-    rows = torch.arange(count, device=device) if rows is None else rows.to(device)
-    start = torch.zeros(count, dtype=torch.int64, device=device) if start is None else start
-    start = start.to(device)
-    if rows.shape != (count,) or start.shape != (count,):
+    rows = torch.arange(count) if rows is None else rows
+    rows = rows.to(frames.device)
+    if rows.shape != (count,):
         raise ValueError(
-            f"rows {tuple(rows.shape)} and start {tuple(start.shape)}: expected ({count},), one "
-            "entry per row of frames"
+            f"rows {tuple(rows.shape)}: expected ({count},), one entry per row of frames"
         )
-    inside = (rows >= 0) & (rows < references) & (start >= 0) & (start + steps <= length)
-    if not bool(inside.all()):
-        raise ValueError(
-            f"{count} rows of {steps} frames do not fit into {references} references of {length} "
-            f"steps with rows={rows.tolist()} and start={start.tolist()}"
-        )
-    return (rows * length + start)[:, None] + torch.arange(steps, device=device)
+    if not bool(((rows >= 0) & (rows < references)).all()):
+        raise ValueError(f"rows={rows.tolist()} do not fit {references} references")
+    return rows[:, None] * steps + torch.arange(steps, device=frames.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wmgym.data import FrameCache
 from wmgym.data.video import encode
+from wmgym.files import complete
 from wmgym.spaces import CONTROL_HZ
 from wmgym.worlds.dynamics import READINGS
 from wmgym.worlds.world import World
@@ -45,9 +46,8 @@ def film(
     _, imagined = world.step(world.start(recorded[:, :READINGS], proprio[:, :READINGS]), actions)
     real, dreamed = recorded[:, READINGS:], imagined.frames.cpu()
     columns = torch.cat([real, dreamed, (real - dreamed).abs()], dim=-1)
-    part = path.with_name(path.name + ".part.mp4")
-    encode(part, stacked(columns), CONTROL_HZ)
-    part.replace(path)
+    with complete(path) as part:
+        encode(part, stacked(columns), CONTROL_HZ)
 
 
 def stacked(columns: Tensor) -> np.ndarray:

@@ -175,7 +175,6 @@ def cache():
         clean_actions=np.zeros((12, 7), np.float32),
         starts=np.array([0, 6, 12]),
         episodes=[EpisodeInfo(i, 6, "") for i in range(2)],
-        sources=np.zeros(2, np.int64),
     )
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmgym.data import StoredDataset, open_dataset
-from wmgym.data.statistics import read_numbers
 from wmgym.distributed import processes
 from wmgym.worlds.evaluate import read_windows
 from wmgym.worlds.tokens.action_tokens import ActionTokens, quantiles_of
@@ -195,7 +194,7 @@ def _conventions(stored: ActionTokens, dataset: StoredDataset) -> dict[str, Acti
     """Both conventions over the checkpoint's ranges."""
     quantiles = stored.quantiles
     if quantiles is None:
-        numbers = [read_numbers(dataset, info.episode_id)[1] for info in dataset.episodes]
+        numbers = [dataset.read_numbers(info.episode_id)[1] for info in dataset.episodes]
         quantiles = quantiles_of(np.concatenate(numbers))
     return {
         "raw": dataclasses.replace(stored, action_space="raw", quantiles=None),
