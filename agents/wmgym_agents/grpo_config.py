@@ -123,6 +123,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "members": 8,
         "reward_every": 4,
         "noise": "noise_head",
+        "shared_start": True,
         "learning_rate": 2e-5,
         "sigma_learning_rate": 2e-5,
     },
