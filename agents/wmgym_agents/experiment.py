@@ -76,7 +76,8 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         allowed = (CONTROL, *ARMS)
-        if not set(self.arms) <= set(allowed) or not self.seeds or not self.temperatures:
+        some = self.arms and self.seeds and self.temperatures
+        if not some or not set(self.arms) <= set(allowed):
             raise ValueError(
                 f"arms={self.arms}, seeds={self.seeds}, temperatures={self.temperatures}: at least "
                 f"one of each is needed; allowed arms are {allowed}"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -181,6 +182,24 @@ def test_a_reward_may_be_a_function_and_belongs_to_the_settings(base, tmp_path):
     missing = dataclasses.replace(by_name, out=tmp_path / "c", reward="toy:nothing")
     with pytest.raises(ValueError, match="'toy:nothing' is no function"):
         grpo(missing, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_members_may_start_from_the_same_noise(chunks, base, tmp_path):
+    for shared in (False, True):
+        job = GRPO(config(base, tmp_path, chunks=chunks, shared_start=shared), ALONE, **toy())
+        for decision in job.rollout()[0]:
+            first = decision.chain.states[:, 0].unflatten(0, (-1, job.config.members))
+            assert (first == first[:, :1]).all() == shared
+            assert not (first[0] == first[1]).any()
+
+
+def test_a_run_does_not_go_on_from_another_policy_of_the_same_name(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "policy")
+    grpo(config(folder, tmp_path / "run", steps=1), progress=False, **toy())
+    small.policy(CONFIG, seed=1).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="other settings: weights was"):
+        grpo(config(folder, tmp_path / "run", steps=2), progress=False, **toy())
 
 
 def test_shares_of_the_starts_make_up_the_whole(base, tmp_path):

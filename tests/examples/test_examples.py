@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from toy import ToyDataset, ToyWorld
+from wmgym_agents.randomness import rows
 
 FOLDER = Path(__file__).parents[2] / "examples"
 TRAINERS = ("ppo_cleanrl", "ppo_sb3")
@@ -117,3 +119,26 @@ def test_errors_are_told_apart_by_phase(capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) == 2
     written = json.loads((tmp_path / "errors.json").read_text())
     assert written["policies"]["libero-object-small"] == figures
+
+
+def test_a_step_s_gradient_is_compared_with_that_of_the_error(capsys, tmp_path):
+    example = load("what_a_step_teaches")
+    out = tmp_path / "cosines.json"
+    args = example.Args(rewards=("R1",), batches=2, starts=16, out=out)
+    rows = example.main(args)
+    assert [row["shared_start"] for row in rows] == [False, True]
+    for row in rows:
+        assert all(-1 < row[of]["mean"] < 1 for of in ("noise", "no_noise"))
+        assert row["noise"]["error"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert json.loads(out.read_text())["cosines"] == rows
+
+
+def test_denoising_with_a_gradient_is_how_a_policy_acts():
+    example = load("what_a_step_teaches")
+    policy = small.policy()
+    seen = policy.encode(small.observation(2))
+    noise = rows(torch.randn, 2, (4, 7), torch.Generator().manual_seed(0))
+    chunks = example.denoised(policy, noise, seen.tokens, seen.proprio)
+    acted = policy.act(seen, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(policy.executed(chunks), torch.as_tensor(acted), atol=1e-5, rtol=0)
