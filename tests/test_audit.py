@@ -176,7 +176,7 @@ def data(tmp_path, monkeypatch) -> Path:
     )
 
     def run_here(starts, config, *, progress):
-        (config.out / "real").mkdir(parents=True, exist_ok=True)
+        (config.work / "real").mkdir(parents=True, exist_ok=True)
         for start in starts:
             module._run_for_real(start, config)
 
@@ -187,8 +187,8 @@ def data(tmp_path, monkeypatch) -> Path:
     module._simulator.cache_clear()
 
 
-def config(data: Path, out: Path, **changes) -> AuditConfig:
-    return AuditConfig(data=(data,), out=out, horizon=HORIZON, **{"starts": 4, **changes})
+def config(data: Path, work: Path, **changes) -> AuditConfig:
+    return AuditConfig(data=(data,), work=work, horizon=HORIZON, **{"starts": 4, **changes})
 
 
 def test_starts_are_held_out_and_a_function_of_the_seed(data, tmp_path):
@@ -210,7 +210,7 @@ def test_nothing_to_audit_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="1 datasets, starts=0, horizon=4"):
         config(data, tmp_path, starts=0)
     with pytest.raises(ValueError, match="0 datasets"):
-        AuditConfig(data=(), out=tmp_path)
+        AuditConfig(data=(), work=tmp_path)
 
 
 def test_other_chunks_and_other_rendering_are_other_files(tmp_path):

@@ -46,7 +46,10 @@ class AuditConfig:
 
     Attributes:
         data: Folders of LeRobot v3 datasets with held-out episodes and simulator states.
-        out: Work folder; real rollouts are kept there and not repeated.
+        world: Name or folder of the world.
+        out: The report, with plots beside it as PNG; None: audit.json in the world's folder, or in
+            the working directory for a world that ships.
+        work: Real rollouts are kept there and not repeated.
         starts: Held-out starts per dataset; every start has a chunk per noise size.
         horizon: Control steps of a chunk.
         seed: Seed of starts and noise.
@@ -55,7 +58,9 @@ class AuditConfig:
     """
 
     data: tuple[Path, ...]
-    out: Path
+    world: str = "libero-small"
+    out: Path | None = None
+    work: Path = Path("runs/audit")
     starts: int = 300
     horizon: int = 8
     seed: int = 0
@@ -91,7 +96,7 @@ class Start:
         key = self.actions.tobytes() + bytes([config.fast_rendering])
         digest = hashlib.sha256(key).hexdigest()[:12]
         name = f"{self.dataset.name}-{self.episode_id:05d}-{self.frame:04d}-{digest}.npz"
-        return config.out / "real" / name
+        return config.work / "real" / name
 
 
 def disturbed(
@@ -160,7 +165,7 @@ def _run_for_real(start: Start, config: AuditConfig) -> None:
 
 def run_for_real(starts: Sequence[Start], config: AuditConfig, *, progress: bool = True) -> None:
     """Runs all chunks in LIBERO, in parallel; starts that are done already are left alone."""
-    (config.out / "real").mkdir(parents=True, exist_ok=True)
+    (config.work / "real").mkdir(parents=True, exist_ok=True)
     ordered = sorted(starts, key=lambda s: (str(s.dataset), s.episode_id))
     run = functools.partial(_run_for_real, config=config)
     done = in_workers(run, ordered, config.workers)

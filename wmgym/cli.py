@@ -68,6 +68,22 @@ def _diagnose() -> None:
     _report(config.out, figures, config.seed)
 
 
+def _audit() -> None:
+    """Compare imagined with real rewards, chunk by chunk (extra `libero`)."""
+    from wmgym.audit import AuditConfig, audit, plot
+    from wmgym.checkpoints import model_folder
+    from wmgym.worlds.checkpoints import load_world
+
+    config = _options(AuditConfig)
+    target = config.out or _beside(model_folder("world", config.world), "audit.json")
+    figures = audit(load_world(config.world), config)
+    chunks = figures.pop("chunks")
+    _report(target, figures, config.seed)
+    plot({**figures, "chunks": chunks}, target.with_suffix(".png"))
+    for name, value in figures.items():
+        print(f"{name:24s} {value}")
+
+
 def _bench() -> None:
     """Imagined control steps per second against LIBERO's own, in one run (extra `libero`)."""
     from wmgym.bench import BenchConfig, bench
@@ -204,49 +220,6 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """Compare imagined with real rewards, chunk by chunk (extra `libero`)."""
-
-    data: tuple[Path, ...]
-    """Folders of LeRobot v3 datasets with held-out episodes and simulator states."""
-    world: str = "libero-small"
-    """Name or folder of the world."""
-    out: Path | None = None
-    """The report, with plots beside it as PNG; without, audit.json in the world's folder, or here
-    for a shipped world."""
-    work: Path = Path("runs/audit")
-    """Real rollouts are kept here and not repeated."""
-    starts: int = 300
-    """Held-out starts per dataset."""
-    seed: int = 0
-    """Seed of starts and noise."""
-    workers: int = 2
-    """Simulator processes."""
-
-    def run(self) -> None:
-        """Audits the world, writes the report and the plots."""
-        from wmgym.audit import AuditConfig, audit, plot
-        from wmgym.checkpoints import model_folder
-        from wmgym.worlds.checkpoints import load_world
-
-        config = AuditConfig(
-            data=self.data,
-            out=self.work,
-            starts=self.starts,
-            seed=self.seed,
-            workers=self.workers,
-        )
-        target = self.out or _beside(model_folder("world", self.world), "audit.json")
-        figures = audit(load_world(self.world), config)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        plot(figures, target.with_suffix(".png"))
-        del figures["chunks"]
-        _report(target, figures, self.seed)
-        for name, value in figures.items():
-            print(f"{name:24s} {value}")
-
-
-@dataclass(frozen=True)
 class Report:
     """Print the README's tables from committed reports."""
 
@@ -359,7 +332,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train-dynamics": _train_dynamics,
     "diagnose": _diagnose,
     "score": Score,
-    "audit": Audit,
+    "audit": _audit,
     "sft": _sft,
     "rft": _rft,
     "import-policy": ImportPolicy,

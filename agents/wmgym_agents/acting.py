@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from wmgym.checkpoints import CONFIG, WEIGHTS, model_folder
-from wmgym.distributed import processes
+from wmgym.distributed import resolve_device
 from wmgym.settings import function_of
 from wmgym_agents.policy import STATISTICS, FlowVLA, Observation
 
@@ -81,8 +81,7 @@ def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") 
         ValueError: There is no such function or device, or what the function makes is no policy.
         RuntimeError: The function failed; its own error is the cause.
     """
-    with processes(device) as here:
-        place = here.device
+    place = resolve_device(device)
     made = _made(policy) if _is_function(policy) else FlowVLA.from_pretrained(policy)
     if isinstance(made, FlowVLA):
         return Flow(made.to(place), temperature)
