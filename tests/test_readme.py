@@ -32,9 +32,9 @@ def test_the_tables_of_the_published_world_are_those_of_its_report():
     assert memory_table(report) in README
 
 
-def test_the_table_of_the_experiment_is_that_of_its_report():
-    report = json.loads(asset_path("reports", "experiment.json").read_text())
-    assert table(report) in README
+def test_the_tables_of_the_experiments_are_those_of_their_reports():
+    for path in asset_path("reports").glob("experiment*.json"):
+        assert table(json.loads(path.read_text()), settings=("all",)) in README
 
 
 def test_the_errors_of_policies_are_those_of_their_report():

@@ -248,7 +248,10 @@ class Report:
             speed_table(asset_path("reports", "bench_small.json")),
             published_table(published),
             memory_table(published),
-            table(json.loads(asset_path("reports", "experiment.json").read_text())),
+            *(
+                table(json.loads(path.read_text()), settings=("all",))
+                for path in sorted(asset_path("reports").glob("experiment*.json"))
+            ),
         )
         print("\n\n".join(tables))
 

@@ -162,7 +162,8 @@ def _gain(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['gain_points']:+.1f}", f"{low:+.1f} ... {high:+.1f}", f"{row['p_mcnemar']:.2g}"]
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The rows of a comparison or an experiment in Markdown."""
+def table(figures: dict[str, Any], settings: Sequence[str] = ()) -> str:
+    """The rows of a comparison or an experiment in Markdown, of some settings or of every one."""
     head, *lines = cells(figures)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    shown = [line for line in lines if not settings or line[1] in settings]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *shown))

@@ -56,6 +56,7 @@ def test_the_same_episodes_are_paired(tmp_path):
     assert written["policies"][str(better)]["policy"] == "q"
     assert list(written["suites"]["libero_object"]) == ["standard"]
     shown = out.with_suffix(".html").read_text()
+    assert len(table(written, settings=("nothing",)).splitlines()) == 2
     for cell in table(written).splitlines()[3].strip("| ").split(" | "):
         assert f"<td>{cell}</td>" in shown
 
