@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wmgym.checkpoints import save_model
 from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
-from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
 from wmgym.worlds.tokens.vocabulary import Vocabulary, check_integers
 
@@ -179,12 +180,8 @@ class CompressiveTokenizer(nn.Module):
         Raises:
             FloatingPointError: A weight is NaN or infinite; nothing is written.
         """
-        write_model(
-            self,
-            self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS,
-            Path(folder),
-            WEIGHTS,
-        )
+        described = self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS
+        save_model(Path(folder), self, described, weights=WEIGHTS)
 
     def vocabulary(self, bins: int) -> Vocabulary:
         """What tokens of this tokenizer, and of actions in `bins` bins, mean."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.checkpoints import save_model
 from wmgym.settings import check_numbers
 from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.attention import causal_attention
-from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, check_integers
@@ -243,12 +244,8 @@ class TokenDynamics(nn.Module):
         Raises:
             FloatingPointError: A weight is NaN or infinite; nothing is written.
         """
-        write_model(
-            self,
-            self.config.describe() | _WRITTEN_AS | dict([self.config.kind]),
-            Path(folder),
-            WEIGHTS,
-        )
+        described = self.config.describe() | _WRITTEN_AS | dict([self.config.kind])
+        save_model(Path(folder), self, described, weights=WEIGHTS)
 
     def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
