@@ -123,6 +123,21 @@ class TokenDynamicsConfig(Described):
         return self.hidden_size // self.num_attention_heads if given is None else given
 
 
+def check_sequences(config: TokenDynamicsConfig, vocabulary: Vocabulary, frames: int) -> None:
+    """Checks that dynamics can hold sequences of so many frames, the first one included.
+
+    Raises:
+        ValueError: They know too few tokens or positions.
+    """
+    longest = vocabulary.prefix + (frames - 1) * vocabulary.frame
+    if config.vocab_size < vocabulary.size or config.max_position_embeddings < longest:
+        raise ValueError(
+            f"dynamics with vocab_size={config.vocab_size} and max_position_embeddings="
+            f"{config.max_position_embeddings}; the tokenizer, the actions and {frames} frames "
+            f"need {vocabulary.size} and {longest} positions"
+        )
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm, computed in float32."""
 
@@ -297,12 +312,12 @@ class TokenDynamics(nn.Module):
                 f"actions have shape {tuple(actions.shape)}, "
                 f"expected ({len(prompt)}, T - 1, {ACTION_DIM})"
             )
-        told = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
+        action_tokens = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
         self.check(torch.cat([prompt, actions.flatten(1)], 1))
         prefix = prompt[:, : vocabulary.prefix]
         generator = Generator(self, vocabulary, decoding, self.lm_head.weight.dtype)
         noise = keys_of(prefix, decoding.seed)
-        return generator.generate(generator.prefix(prefix), 1, told, noise)[0]
+        return generator.generate(generator.prefix(prefix), 1, action_tokens, noise)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""
