@@ -142,8 +142,8 @@ def test_the_memory_it_plans_is_what_buffers_take(shared, caplog):
     frames, proprio, actions = clips(1)
     told = torch.cat([actions, actions.flip(1)])
     shared.step(shared.select(shared.start(frames, proprio), torch.tensor([0, 0])), told)
-    work = shared.generator._work
-    used = work.keys.nbytes + work.values.nbytes + work.prefix.nbytes
+    cache = shared.generator._cache
+    used = sum(t.nbytes for t in (cache.keys, cache.values, *cache.prefix))
     assert 0 <= shared.generator.nbytes(1, 2, 8) - used < 0.01 * used
     with caplog.at_level(logging.INFO):
         world()
@@ -162,7 +162,7 @@ def test_starts_that_come_up_again_are_not_computed_again(monkeypatch):
     one = world()
     frames, proprio, actions = clips(2)
     counted = []
-    for owner, name in ((one.tokenizer, "look"), (one.generator, "prefix")):
+    for owner, name in ((one.tokenizer, "encode_context"), (one.generator, "prefix")):
         original = getattr(owner, name)
 
         def counting(x, original=original, name=name):
@@ -172,7 +172,7 @@ def test_starts_that_come_up_again_are_not_computed_again(monkeypatch):
         monkeypatch.setattr(owner, name, counting)
     for _ in range(3):
         one.step(one.start(frames, proprio), actions[:, :1])
-    assert counted == ["look"] * 2 + ["prefix"] * 2
+    assert counted == ["encode_context"] * 2 + ["prefix"] * 2
 
 
 def test_released_sampling_draws_foreign_tokens_as_the_nearest_code():
@@ -199,7 +199,7 @@ def test_networks_are_copied_once_and_left_as_they_are():
     for part in parts:
         assert part.training
         assert all(weight.requires_grad for weight in part.parameters())
-    assert one._painter is one.tokenizer is not parts[0]
+    assert one._decoder is one.tokenizer is not parts[0]
 
 
 def test_wrong_shapes_are_refused(shared):
