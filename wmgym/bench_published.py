@@ -3,7 +3,7 @@
 One start, a group and its reference, some frames each, then R3. What is compared differs in how
 tokens are generated and frames are drawn; tokens must agree.
 
-    ours         `wmgym.worlds.tokens`: prefix passed once and shared, buffers, frames on one canvas
+    ours         `wmgym.worlds.tokens`: prefix passed once and shared, buffers, context drawn once
     reprefill    as the released code drives it: `generate` on the whole growing prompt for every
                  frame of every row, then the tokenizer's decoding clip by clip
     generate     `generate` with its cache kept from frame to frame, decoding as above
@@ -39,6 +39,7 @@ from wmgym.worlds.tokens.load import load_parts
 from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
+from wmgym.worlds.tokens.vocabulary import Vocabulary
 from wmgym.worlds.world import DTYPES
 
 _ENVIRONMENTS = (16, 64, 256, 1024)
@@ -100,16 +101,19 @@ class _Parts:
     actions: ActionTokens
     lpips: LPIPS
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What tokens mean."""
+        return self.tokenizer.vocabulary(self.actions.bins)
+
     def start(self, case: _Case) -> tuple[Tensor, Tensor]:
         """Tokens of the start: its context's `(1, 1, N)`, and the prefix `(1, P)` of every row."""
         context, first = self.tokenizer.encode(case.frame[:, None].repeat(1, 2, 1, 1, 1))
-        seen = context[:, 0] + self.tokenizer.dynamics_fsq.codes
-        return context, torch.cat([seen, first[:, 0]], 1)
+        return context, self.vocabulary.start(context[:, 0], first[:, 0])
 
-    def told(self, case: _Case) -> Tensor:
+    def action_tokens(self, case: _Case) -> Tensor:
         """Tokens `(B, T, 7)` of the actions."""
-        codes = self.tokenizer.dynamics_fsq.codes + self.tokenizer.fsq.codes
-        return self.actions.encode(case.actions) + codes
+        return self.vocabulary.actions(self.actions.encode(case.actions))
 
     def reward(self, frames: Tensor) -> Tensor:
         """R3 of all rows `(B, T, 3, H, W)` but the last, which is the reference."""
@@ -296,12 +300,12 @@ def _with_generate(
     with timer("total"):
         with timer("encoding"):
             context, start = parts.start(case)
-        told, prompt = parts.told(case), start.expand(rows, -1)
+        actions, prompt = parts.action_tokens(case), start.expand(rows, -1)
         cache = transformers.DynamicCache() if keep else None
         imagined = []
         with timer("generation"):
             for t in range(config.frames):
-                prompt = torch.cat([prompt, told[:, t]], 1)
+                prompt = torch.cat([prompt, actions[:, t]], 1)
                 prompt = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -328,7 +332,7 @@ def _agreement(parts: _Parts, model: Any, case: _Case, tokens: Tensor) -> float:
     Rollouts themselves part for good where two logits are equal but for rounding.
     """
     _, start = parts.start(case)
-    frames = torch.cat([parts.told(case), tokens], 2)
+    frames = torch.cat([parts.action_tokens(case), tokens], 2)
     actions = frames.shape[2] - tokens.shape[2]
     shares = []
     for row, imagined in zip(frames, tokens, strict=True):

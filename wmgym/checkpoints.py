@@ -33,7 +33,12 @@ class CheckpointError(ValueError):
 
 
 def save_model(
-    folder: str | Path, model: nn.Module, config: dict[str, Any], *, half: bool = False
+    folder: str | Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    weights: str = WEIGHTS,
+    half: bool = False,
 ) -> None:
     """Writes a model.
 
@@ -41,6 +46,7 @@ def save_model(
         folder: Made if missing.
         model: The network.
         config: JSON values for `config.json`.
+        weights: Name of the safetensors file.
         half: Store matrices in bfloat16, half the size.
 
     Raises:
@@ -54,7 +60,7 @@ def save_model(
         name: (t.to(torch.bfloat16) if half and t.ndim > 1 else t).detach().cpu().contiguous()
         for name, t in model.state_dict().items()
     }
-    save_tensors(folder / WEIGHTS, tensors)
+    save_tensors(folder / weights, tensors)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -82,6 +88,23 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         part.chmod(0o644)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: Missing, not JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected a JSON object")
+    return found
+
+
 def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:
     """The `config.json` of a model's folder.
 
@@ -89,22 +112,19 @@ def read_config(folder: Path, kind: Kind, family: str) -> dict[str, Any]:
         CheckpointError: Missing, not JSON, or of another family.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         nested = f"; did you mean {folder / kind}?" if (folder / kind).is_dir() else ""
-        raise CheckpointError(f"{folder} is no {kind}: it has no {CONFIG}{nested}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    told = config if isinstance(config, dict) else {}
-    if told.get("family") != family:
-        known = [f"{k}={told[k]!r}" for k in ("family", "model_type", "_class_name") if k in told]
+        raise CheckpointError(f"{folder} is no {kind}: it has no {CONFIG}{nested}")
+    config = read_json(path)
+    if config.get("family") != family:
+        names = ("family", "model_type", "_class_name")
+        known = [f"{name}={config[name]!r}" for name in names if name in config]
         also = "; environments and scores also take the published layout, model_type='llama'"
         raise CheckpointError(
             f"{path} says {', '.join(known) or 'no family'}; supported is family={family!r}"
             f"{also if kind == 'world' else ''}"
         )
-    return told
+    return config
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

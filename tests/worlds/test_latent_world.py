@@ -118,6 +118,17 @@ def test_a_row_does_not_depend_on_how_many_there_are(world, count):
     assert_same(part[0], select_rows(whole[0], index))
 
 
+def test_passes_have_equally_many_rows_where_sums_depend_on_it(exact):
+    """As on CUDA."""
+    filled, counted = tiny.world(), []
+    filled._rows_filled_to = 16
+    filled.model.dynamics.register_forward_pre_hook(lambda _, given: counted.append(len(given[0])))
+    for count in (1, 5, 17):
+        inputs = tiny.rows(count, 6)
+        assert_same(imagine(filled, *inputs)[1], imagine(exact, *inputs)[1])
+    assert set(counted) == {16}
+
+
 def test_permuting_rows_permutes_results(world):
     inputs = tiny.rows(17, 6)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(1))

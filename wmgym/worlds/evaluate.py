@@ -9,7 +9,7 @@ the recorded frame (what the dynamics could reach at best).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmgym.data import Dataset, StoredDataset, open_dataset
+from wmgym.data.episodes import EpisodeInfo
 from wmgym.data.frame_cache import resize
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.worlds.metrics import mse, psnr, ssim
-from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.world import World
 
 METRICS = ("mse", "psnr", "ssim", "lpips")
@@ -34,24 +34,28 @@ pictures would make it infinite."""
 _BATCH = 8
 
 
-def held_out_starts(dataset: StoredDataset, horizon: int, count: int, seed: int) -> list[tuple]:
+def random_starts(
+    episodes: Iterable[EpisodeInfo], horizon: int, count: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Up to `count` random `(episode_id, t)` with `horizon` steps left, sorted as the episodes."""
+    places = [(info.episode_id, t) for info in episodes for t in range(info.length - horizon)]
+    chosen = rng.choice(len(places), size=min(count, len(places)), replace=False)
+    return [places[i] for i in sorted(chosen)]
+
+
+def held_out_starts(
+    dataset: StoredDataset, horizon: int, count: int, seed: int
+) -> list[tuple[int, int]]:
     """`count` random `(episode_id, t)` of held-out episodes with `horizon` steps left, sorted.
 
     Raises:
         ValueError: The dataset has no held-out episode that long.
     """
-    places = [
-        (info.episode_id, t)
-        for info in dataset.episodes
-        if info.held_out
-        for t in range(info.length - horizon)
-    ]
+    episodes = [info for info in dataset.episodes if info.held_out]
+    places = random_starts(episodes, horizon, count, np.random.default_rng(seed))
     if not places:
         raise ValueError(f"{dataset.root} has no held-out episode longer than {horizon} steps")
-    chosen = np.random.default_rng(seed).choice(
-        len(places), size=min(count, len(places)), replace=False
-    )
-    return [places[i] for i in sorted(chosen)]
+    return places
 
 
 def read_windows(
@@ -144,17 +148,8 @@ def evaluate(
     return {**_means(everything), "per_step": per_step, "datasets": by_dataset}
 
 
-def _redrawn(world: Any, last: Tensor, future: Tensor, proprio: Tensor) -> Tensor:
-    """Frames `(B, T, 3, H, W)` as the tokenizer draws what it read of them, given the context."""
-    if isinstance(world, TokenWorld):
-        clips = torch.cat([last[:, None], future], 1).to(world.device).split(1)
-        drawn = [world.tokenizer.decode(*world.tokenizer.encode(clip))[:, 1:] for clip in clips]
-        return torch.cat(drawn).clamp(0, 1)
-    return world.redraw(last, future, proprio)
-
-
 def _score(
-    world: World[Any],
+    world: Any,
     dataset: Dataset,
     places: Sequence[tuple[int, int]],
     horizon: int,
@@ -167,7 +162,7 @@ def _score(
     )
     last, future = frames[:, past - 1], frames[:, past:]
     _, imagined = world.step(world.start(frames[:, :past], proprio[:, :past]), actions)
-    redrawn = _redrawn(world, last, future, proprio[:, past - 1 :])
+    redrawn = world.redraw(last, future, proprio[:, past - 1 :])
     pictures = {
         "": imagined.frames.flatten(0, 1).cpu(),
         "copy_": last.repeat_interleave(horizon, 0),

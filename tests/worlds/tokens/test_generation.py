@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from published_tiny import DYNAMICS, dynamics
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from wmgym.worlds.tokens import generate
 from wmgym.worlds.tokens.generate import Generator
 from wmgym.worlds.tokens.noise import combine, keys_of, uniform
 from wmgym.worlds.tokens.sampling import Decoding, choose
@@ -109,7 +112,7 @@ def test_rows_do_not_depend_on_others():
 
 
 def test_captured_steps_are_the_same():
-    """The shapes and buffers of a CUDA graph, with a capture that does what a graph does."""
+    """The shapes and buffers of a CUDA graph; as in one, what no tensor holds is as it was."""
     prefix, actions, noise = case(2, 3, 2)
     for decoding in (Decoding(), Decoding("sample")):
         plain = Generator(dynamics(), VOCABULARY, decoding)
@@ -120,18 +123,41 @@ def test_captured_steps_are_the_same():
 
         def capture(step, counters, count=count):
             before = [counter.clone() for counter in counters]
-            step()
+            graph = make_fx(step)()
             for counter, value in zip(counters, before, strict=True):
                 counter.copy_(value)
             count.append(1)
-            return step
+            return graph
 
-        captured.capture = capture
+        captured.capturing = lambda capture=capture: capture
         for _ in range(2):
             tokens, after = captured.generate(captured.prefix(prefix), 3, actions, noise, keep=True)
             assert torch.equal(tokens, expected)
             torch.testing.assert_close(after, memory)
         assert len(count) == 2  # one a frame, used again
+
+
+def test_buffers_are_free_before_the_next_are_made(monkeypatch):
+    generator = Generator(dynamics(), VOCABULARY, Decoding())
+    made = []
+
+    class Watched(generate._KVCache):
+        def __init__(self, *args):
+            assert all(earlier() is None for earlier in made)
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(generate, "_KVCache", Watched)
+    for members in (2, 2, 3):
+        prefix, actions, noise = case(1, members, 1)
+        generator.generate(generator.prefix(prefix), members, actions, noise)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_is_refused_where_it_cannot_run(dtype):
+    with pytest.raises(ValueError, match="needs device='cuda' and dtype='bfloat16'"):
+        Generator(dynamics(), VOCABULARY, Decoding(), dtype, "flash")
 
 
 @pytest.mark.gpu
@@ -148,13 +174,13 @@ def test_cuda_graphs_choose_the_tokens_of_the_cpu():
 
 def test_bfloat16_is_near():
     model = dynamics()
-    prefix, actions, noise = case(1, 4, 2)
+    prefix, actions, noise = case(4, 16, 1)
     exact = Generator(model, VOCABULARY, Decoding())
     rough = Generator(model, VOCABULARY, Decoding(), torch.bfloat16)
-    one, _ = exact.generate(exact.prefix(prefix), 4, actions, noise)
-    other, _ = rough.generate(rough.prefix(prefix), 4, actions, noise)
+    one, _ = exact.generate(exact.prefix(prefix), 16, actions, noise)
+    other, _ = rough.generate(rough.prefix(prefix), 16, actions, noise)
     # A token that flips changes all after it, so compare the first ones.
-    assert (one[:, 0, 0] == other[:, 0, 0]).float().mean() >= 0.75
+    assert (one[:, 0, 0] == other[:, 0, 0]).float().mean() >= 0.9
     torch.testing.assert_close(
         exact.prefix(prefix).keys, rough.prefix(prefix).keys.float(), atol=0.1, rtol=0.05
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer, world
 
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics
+from wmgym.worlds.tokens import token_world
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.sampling import Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
@@ -138,12 +140,55 @@ def test_what_does_not_fit_into_memory_is_done_in_parts(shared):
         world(memory_gib=row / 2**30)
 
 
+def test_parts_are_of_one_shape_where_steps_are_captured(shared):
+    frames, proprio, _ = clips(5)
+    prefix = shared.start(frames, proprio).prefix
+    fitting = 2.1 * shared.generator.nbytes(1, 2, 8) / 0.75
+    small = world(memory_gib=fitting / 2**30)
+    rows = torch.tensor([0, 1, 1, 2, 3, 4])
+    shapes = [part.shape for part in small._parts(prefix[rows], 8)]
+    assert shapes == [(2, 2), (2, 1), (1, 1)]
+    small.generator.static = True
+    parts = list(small._parts(prefix[rows], 8))
+    assert [part.shape for part in parts] == [(2, 2)] * 3
+    assert torch.cat(parts).unique().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_memory_that_caches_would_give_back_is_free(tmp_path, monkeypatch):
+    said = tmp_path / "meminfo"
+    said.write_text("MemTotal:       9 kB\nMemFree:        1 kB\nMemAvailable:       3 kB\n")
+    monkeypatch.setattr(token_world, "_MEMINFO", said)
+    assert token_world._free_memory(torch.device("cpu")) == 3 * 1024
+    said.unlink()
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert token_world._free_memory(torch.device("cpu")) == half
+
+
+def test_frames_become_tokens_without_tf32(monkeypatch):
+    one, flags = world(), []
+    encode = one.tokenizer.encode_context
+
+    def spied(frames):
+        now = torch.backends.cudnn
+        flags.append((now.enabled, now.benchmark, now.deterministic, now.allow_tf32))
+        return encode(frames)
+
+    monkeypatch.setattr(one.tokenizer, "encode_context", spied)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    frames, proprio, _ = clips(1)
+    one.start(frames, proprio)
+    one.redraw(frames[:, 0], frames, proprio.repeat(1, 2, 1))
+    assert flags == [(True, True, True, False)] * 2
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_the_memory_it_plans_is_what_buffers_take(shared, caplog):
     frames, proprio, actions = clips(1)
     told = torch.cat([actions, actions.flip(1)])
     shared.step(shared.select(shared.start(frames, proprio), torch.tensor([0, 0])), told)
-    work = shared.generator._work
-    used = work.keys.nbytes + work.values.nbytes + work.prefix.nbytes
+    cache = shared.generator._cache
+    used = sum(t.nbytes for t in (cache.keys, cache.values, *cache.prefix))
     assert 0 <= shared.generator.nbytes(1, 2, 8) - used < 0.01 * used
     with caplog.at_level(logging.INFO):
         world()
@@ -162,7 +207,7 @@ def test_starts_that_come_up_again_are_not_computed_again(monkeypatch):
     one = world()
     frames, proprio, actions = clips(2)
     counted = []
-    for owner, name in ((one.tokenizer, "look"), (one.generator, "prefix")):
+    for owner, name in ((one.tokenizer, "encode_context"), (one.generator, "prefix")):
         original = getattr(owner, name)
 
         def counting(x, original=original, name=name):
@@ -172,7 +217,7 @@ def test_starts_that_come_up_again_are_not_computed_again(monkeypatch):
         monkeypatch.setattr(owner, name, counting)
     for _ in range(3):
         one.step(one.start(frames, proprio), actions[:, :1])
-    assert counted == ["look"] * 2 + ["prefix"] * 2
+    assert counted == ["encode_context"] * 2 + ["prefix"] * 2
 
 
 def test_released_sampling_draws_foreign_tokens_as_the_nearest_code():
@@ -199,7 +244,7 @@ def test_networks_are_copied_once_and_left_as_they_are():
     for part in parts:
         assert part.training
         assert all(weight.requires_grad for weight in part.parameters())
-    assert one._painter is one.tokenizer is not parts[0]
+    assert one._decoder is one.tokenizer is not parts[0]
 
 
 def test_wrong_shapes_are_refused(shared):

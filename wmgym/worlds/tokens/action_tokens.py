@@ -20,10 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmgym.checkpoints import CheckpointError, reason_of
+from wmgym.checkpoints import CheckpointError, read_json, reason_of
 from wmgym.files import write_text
 from wmgym.spaces import ACTION_DIM
-from wmgym.worlds.tokens.folders import read_json
 
 ActionSpace = Literal["raw", "normalised"]
 FILE = "actions.json"

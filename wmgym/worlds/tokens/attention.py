@@ -75,7 +75,7 @@ def causal_attention(kind: AttentionKind) -> Causal:
 
     Args:
         kind: "sdpa" is PyTorch's own and "auto". "flash" is the package flash-attn (2 or 4, on
-            CUDA), "flex" PyTorch's FlexAttention.
+            CUDA in half precision), "flex" PyTorch's FlexAttention.
 
     Raises:
         ValueError: Unknown kind.
@@ -84,8 +84,7 @@ def causal_attention(kind: AttentionKind) -> Causal:
     if kind not in get_args(AttentionKind):
         raise ValueError(f"attention={kind!r}: allowed are {get_args(AttentionKind)}")
     if kind == "flash":
-        flash = _flash_attention()
-        return lambda q, k, v: flash(q, k, v, causal=True)
+        return _flash(_flash_attention())
     return _flex if kind == "flex" else _sdpa
 
 
@@ -109,6 +108,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     kernel: Any = torch.compile(flex_attention) if q.is_cuda else flex_attention
     return kernel(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def _flash(function: Callable[..., Any]) -> Causal:
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(q, k, v, causal=True)
+        return found[0] if isinstance(found, tuple) else found  # version 4 adds the logsumexp
+
+    return causal
 
 
 def _flash_attention() -> Any:

@@ -169,9 +169,10 @@ def enlarge(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, _, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1))
     rows = (_taps(weight, 2), _taps(weight, 2, late=True))
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
-    result = x.new_empty(batch, len(weight), 2 * height, 2 * width)
-    result = result.contiguous(memory_format=layout or torch.contiguous_format)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    size = (batch, len(weight), 2 * height, 2 * width)
+    result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     for i, row in enumerate(rows):
         for j in (0, 1):
             part = padded[:, :, i : height + i + 1, j : width + j + 1]

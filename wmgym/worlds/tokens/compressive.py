@@ -7,8 +7,8 @@ and back: the context's tokens give the features that every later frame's decode
 frames are independent of each other given the context (iVideoGPT, arXiv 2405.15223, section 3.1;
 FSQ instead of a codebook as in VLA-RFT's release).
 
-What all frames of a clip share is computed once: `look` returns what the encoder of later frames
-looks at, `canvas` what their decoder does, which is only the innermost features of the context.
+What all frames of a clip share is computed once: `encode_context` returns what the encoder of later
+frames looks at, `context_features` what their decoder does, only the innermost of the context's.
 
 Shapes: frames `(B, T, 3, H, W)` float in [0, 1], frame 0 the context; context tokens `(B, 1, N)`,
 dynamics tokens `(B, T - 1, n)`, both without offsets of a vocabulary.
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wmgym.checkpoints import save_model
 from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
-from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
 from wmgym.worlds.tokens.vocabulary import Vocabulary, check_integers
 
@@ -179,12 +180,8 @@ class CompressiveTokenizer(nn.Module):
         Raises:
             FloatingPointError: A weight is NaN or infinite; nothing is written.
         """
-        write_model(
-            self,
-            self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS,
-            Path(folder),
-            WEIGHTS,
-        )
+        described = self.config.describe() | dict([self.config.kind]) | _WRITTEN_AS
+        save_model(Path(folder), self, described, weights=WEIGHTS)
 
     def vocabulary(self, bins: int) -> Vocabulary:
         """What tokens of this tokenizer, and of actions in `bins` bins, mean."""
@@ -216,7 +213,7 @@ class CompressiveTokenizer(nn.Module):
                 f"frames are {low:.3g} ... {high:.3g}, expected 0 ... 1: divide bytes by 255, clip "
                 "what was decoded"
             )
-        tokens, features = self.look(frames[:, 0])
+        tokens, features = self.encode_context(frames[:, 0])
         later = frames[:, 1:]
         count = later.shape[1]
         repeated = [f.repeat_interleave(count, 0) for f in features]
@@ -239,9 +236,10 @@ class CompressiveTokenizer(nn.Module):
         """
         self._check(context_tokens, dynamics_tokens)
         count = dynamics_tokens.shape[1]
-        first = self.draw_context(context_tokens[:, 0])[:, None]
-        canvas = [f.repeat_interleave(count, 0) for f in self.canvas(context_tokens[:, 0])]
-        later = self.draw(dynamics_tokens.flatten(0, 1), canvas) if count else first[:0]
+        shown = self.decoder.features(self._latents(context_tokens[:, 0]))
+        first = self.decoder.picture(shown[-1])[:, None]
+        looks = [shown[i].repeat_interleave(count, 0) for i in self.cond_decoder.looks]
+        later = self.draw(dynamics_tokens.flatten(0, 1), looks) if count else first[:0]
         return torch.cat([first, later.view(len(first), count, *first.shape[2:])], 1)
 
     def reconstruct(self, frames: Tensor) -> Tensor:
@@ -264,19 +262,19 @@ class CompressiveTokenizer(nn.Module):
         looks = [seen[i].repeat_interleave(count, 0) for i in self.cond_encoder.looks]
         dynamics = self.dynamics_fsq.quantize(self.dynamics_latents(later, looks))
         shown = self.decoder.features(self.post_quant_conv(codes.to(latents.dtype)))
-        canvas = [shown[i].repeat_interleave(count, 0) for i in self.cond_decoder.looks]
-        drawn = self._drawn(dynamics.to(latents.dtype), canvas)
+        looks = [shown[i].repeat_interleave(count, 0) for i in self.cond_decoder.looks]
+        drawn = self._drawn(dynamics.to(latents.dtype), looks)
         first = self.decoder.picture(shown[-1])
         return torch.cat([first[:, None], drawn.unflatten(0, (len(frames), count))], 1)
 
-    def look(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode_context(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Context tokens `(B, N)` of frames `(B, 3, H, W)`, and the features later frames need."""
         latents, features = self.encoder(frames)
         tokens = self.fsq.encode(self.quant_conv(latents).movedim(1, -1)).flatten(1)
         return tokens, [features[i] for i in self.cond_encoder.looks]
 
     def encode_dynamics(self, frames: Tensor, context: Sequence[Tensor]) -> Tensor:
-        """Dynamics tokens `(B, n)` of frames `(B, 3, H, W)`; `context` is what `look` returned."""
+        """Dynamics tokens `(B, n)` of frames `(B, 3, H, W)`, given features of `encode_context`."""
         return self.dynamics_fsq.encode(self.dynamics_latents(frames, context))
 
     def dynamics_latents(self, frames: Tensor, context: Sequence[Tensor]) -> Tensor:
@@ -284,25 +282,21 @@ class CompressiveTokenizer(nn.Module):
         latents, _ = self.cond_encoder(frames, context)
         return self.quant_linear(_patches(latents, self.config.patch_size))
 
-    def canvas(self, context_tokens: Tensor) -> list[Tensor]:
+    def context_features(self, context_tokens: Tensor) -> list[Tensor]:
         """Features `(B, C, h, w)` of context tokens `(B, N)` that later frames are drawn on."""
         looks = self.cond_decoder.looks
         features = self.decoder.features(self._latents(context_tokens), count=max(looks) + 1)
         return [features[i] for i in looks]
 
-    def draw_context(self, context_tokens: Tensor) -> Tensor:
-        """Frames `(B, 3, H, W)` of context tokens `(B, N)`, not clipped."""
-        return self.decoder(self._latents(context_tokens))
-
-    def draw(self, dynamics_tokens: Tensor, canvas: Sequence[Tensor]) -> Tensor:
-        """Frames `(B, 3, H, W)` of dynamics tokens `(B, n)` on their canvas, not clipped."""
+    def draw(self, dynamics_tokens: Tensor, context: Sequence[Tensor]) -> Tensor:
+        """Frames `(B, 3, H, W)` of dynamics tokens `(B, n)` on `context_features`, not clipped."""
         codes = self.dynamics_fsq.decode(dynamics_tokens).to(self.post_quant_linear.weight.dtype)
-        return self._drawn(codes, canvas)
+        return self._drawn(codes, context)
 
-    def _drawn(self, codes: Tensor, canvas: Sequence[Tensor]) -> Tensor:
+    def _drawn(self, codes: Tensor, context: Sequence[Tensor]) -> Tensor:
         """Frames `(B, 3, H, W)` of rounded dynamics latents `(B, n, D)`."""
         side, patch = self.config.side, self.config.patch_size
-        return self.cond_decoder(_unpatched(self.post_quant_linear(codes), side, patch), canvas)
+        return self.cond_decoder(_unpatched(self.post_quant_linear(codes), side, patch), context)
 
     def _latents(self, context_tokens: Tensor) -> Tensor:
         side = self.config.side

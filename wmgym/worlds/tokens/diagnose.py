@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from wmgym.data import StoredDataset, open_dataset
 from wmgym.distributed import processes
-from wmgym.worlds.evaluate import read_windows
+from wmgym.worlds.evaluate import random_starts, read_windows
 from wmgym.worlds.tokens.action_tokens import ActionTokens, quantiles_of
 from wmgym.worlds.tokens.load import load_parts
 from wmgym.worlds.tokens.objective import cross_entropy, predictions
@@ -94,7 +94,12 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
     dataset = open_dataset(config.data)
     horizon, side = config.frames - 1, tokenizer.config.resolution
     rng = np.random.default_rng(config.seed)
-    places = _places(dataset, horizon, config.windows, rng)
+    places = random_starts(dataset.episodes, horizon, config.windows, rng)
+    if len(places) < 2:
+        raise ValueError(
+            f"{dataset.root} has {len(places)} windows of {config.frames} frames; at least 2 are "
+            "needed: take fewer frames or more data"
+        )
     conventions = _conventions(stored, dataset)
     other = _others(len(places), rng)
     vocabulary = tokenizer.vocabulary(stored.bins)
@@ -114,14 +119,14 @@ def diagnose(config: DiagnosisConfig, *, progress: bool = True) -> dict[str, Any
     ):
         tokenizer.to(here.device)
         dynamics.to(here.device)
-        told, actions = [], []
+        tokens, actions = [], []
         for place in tqdm(places, desc="tokens", disable=not progress):
             frames, _, taken = read_windows(
                 dataset, [place], horizon, context=1, image_size=(side, side)
             )
-            told.append(tokenizer.encode(torch.cat([frames[:, :1], frames], 1).to(here.device)))
+            tokens.append(tokenizer.encode(torch.cat([frames[:, :1], frames], 1).to(here.device)))
             actions.append(taken)
-        context, later = (torch.cat(parts) for parts in zip(*told, strict=True))
+        context, later = (torch.cat(parts) for parts in zip(*tokens, strict=True))
         context, recorded = context[:, 0], torch.cat(actions).to(here.device)
         own = {name: losses(way.encode(recorded)) for name, way in conventions.items()}
         shuffled = {name: losses(way.encode(recorded[other])) for name, way in conventions.items()}
@@ -200,22 +205,6 @@ def _conventions(stored: ActionTokens, dataset: StoredDataset) -> dict[str, Acti
         "raw": dataclasses.replace(stored, action_space="raw", quantiles=None),
         "normalised": dataclasses.replace(stored, action_space="normalised", quantiles=quantiles),
     }
-
-
-def _places(
-    dataset: StoredDataset, horizon: int, count: int, rng: np.random.Generator
-) -> list[tuple[int, int]]:
-    """Up to `count` random `(episode_id, t)` with `horizon` steps left."""
-    every = [
-        (info.episode_id, t) for info in dataset.episodes for t in range(info.length - horizon)
-    ]
-    if len(every) < 2:
-        raise ValueError(
-            f"{dataset.root} has {len(every)} windows of {horizon + 1} frames; at least 2 are "
-            "needed: take fewer frames or more data"
-        )
-    chosen = rng.choice(len(every), size=min(count, len(every)), replace=False)
-    return [every[i] for i in sorted(chosen)]
 
 
 def _others(count: int, rng: np.random.Generator) -> Tensor:

@@ -8,7 +8,6 @@ ignored. Weights must have every key and no other.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,8 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from wmgym.checkpoints import (
-    CONFIG,
-    CheckpointError,
-    check_weights,
-    load_weights,
-    save_tensors,
-)
+from wmgym.checkpoints import CONFIG, CheckpointError, load_weights, read_json
 from wmgym.extras import MissingExtraError, require
-from wmgym.files import write_text
 
 DescribedT = TypeVar("DescribedT", bound="Described")
 
@@ -119,37 +111,6 @@ def read_model(
     model.to_empty(device="cpu")
     load_weights(model, path / weights)
     return model.eval().requires_grad_(False)
-
-
-def write_model(model: nn.Module, described: dict[str, Any], folder: Path, weights: str) -> None:
-    """Writes such a folder, each file whole or not at all.
-
-    Raises:
-        FloatingPointError: A weight is NaN or infinite; nothing is written.
-        OSError: A file cannot be written.
-    """
-    check_weights(model, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_tensors(folder / weights, tensors)
-    write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: Missing, not JSON, or no object.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}, expected a JSON object")
-    return found
 
 
 def resolve_folder(folder: str | os.PathLike[str], files: tuple[str, ...]) -> Path:

@@ -14,9 +14,10 @@ Shapes: `B = N G` rows, `P` tokens of a prefix, `S` tokens added, `H` heads, `n`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,13 @@ from wmgym.worlds.tokens.sampling import Decoding, choose
 from wmgym.worlds.tokens.transformer import TokenDynamics, rms_norm, rotary, rotate
 from wmgym.worlds.tokens.vocabulary import Vocabulary
 
+Step: TypeAlias = Callable[[], None]
+"""What reads and writes fixed buffers only, so that it can be captured."""
+Capture: TypeAlias = Callable[[Step, Sequence[Tensor]], Step]
+"""Makes a captured step of a step and of those buffers that trying it out must not change."""
 
-@dataclass(frozen=True)
-class Prefix:
+
+class Prefix(NamedTuple):
     """Keys and values of the tokens that rows of a start share.
 
     Attributes:
@@ -50,11 +55,6 @@ class Prefix:
     def join(cls, parts: Sequence[Prefix]) -> Prefix:
         """The starts of several."""
         return cls(torch.cat([p.keys for p in parts], 1), torch.cat([p.values for p in parts], 1))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,13 @@ class Generator:
         dtype: Arithmetic of the matrix products; norms, softmax and choices are float32.
         attention: Kernel that passes prefixes; what follows them has its own attention.
 
+    Raises:
+        MissingExtraError: "flash" without its package.
+        ValueError: "flash" where it cannot run, or an unknown kernel.
+
     Attributes:
         static: Whether steps have fixed shapes, so that they can be captured: on CUDA.
-        capture: What makes a captured step of a step.
+        capturing: Makes what captures the steps of a cache.
     """
 
     def __init__(
@@ -100,8 +104,13 @@ class Generator:
             dtype,
         )
         self.device = dynamics.lm_head.weight.device
+        if attention == "flash" and (self.device.type != "cuda" or dtype != torch.bfloat16):
+            raise ValueError(
+                f"attention='flash' on {self.device} in {dtype}: flash-attn needs device='cuda' "
+                "and dtype='bfloat16'; attention='auto' does without"
+            )
         self.static = self.device.type == "cuda"
-        self.capture = cuda_graph
+        self.capturing: Callable[[], Capture] = functools.partial(cuda_graphs, self.device)
         # On a CPU, the kernels for one query are slower in bfloat16 than in float32.
         self.added_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.q_heads, self.heads, self.head = (
@@ -130,7 +139,7 @@ class Generator:
             for layer in layers
         ]
         self._causal = causal_attention(attention)
-        self._work: _Work | None = None
+        self._cache: _KVCache | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -192,86 +201,86 @@ class Generator:
         if past is not None:
             taken, last = past[0].shape[1], past[0][:, -1, -1:]
             at = taken * frame - 1
-        work = self._workspace(prefix, members, (taken + actions.shape[1]) * frame - 1)
+        cache = self._cache_for(prefix, members, (taken + actions.shape[1]) * frame - 1)
         if past is not None:
-            work.put(past[1][:, :at])
+            cache.restore(past[1][:, :at])
         frames = []
         for number, action in enumerate(actions.unbind(1), taken):
-            told = action if last is None else torch.cat([last, action], 1)
-            tokens = self._frame(work, told, at, combine(noise, number))
+            given = action if last is None else torch.cat([last, action], 1)
+            tokens = self._frame(cache, given, at, combine(noise, number))
             at, last = (number + 1) * frame - 1, tokens[:, -1:]
             frames.append(tokens)
-        return torch.stack(frames, 1), work.take(at if keep else 0)
+        return torch.stack(frames, 1), cache.saved(at if keep else 0)
 
-    def _frame(self, work: _Work, told: Tensor, at: int, noise: Tensor) -> Tensor:
-        """The `n` tokens `(B, n)` of a frame after the tokens `told` `(B, m)` at place `at`."""
+    def _frame(self, cache: _KVCache, given: Tensor, at: int, noise: Tensor) -> Tensor:
+        """The `n` tokens `(B, n)` of a frame after the tokens `given` `(B, m)` at place `at`."""
         count = self.vocabulary.dynamics_tokens
-        end = at + told.shape[1] + count - 1
-        work.place.fill_(at)
-        first = self._next(self._pass(work, told, end), combine(noise, 0))
-        work.tokens[:, 0], work.noise[:] = first, noise
-        work.place.fill_(at + told.shape[1])
-        work.number.fill_(1)
-        one_more = self._captured(work, end)
+        end = at + given.shape[1] + count - 1
+        cache.place.fill_(at)
+        first = self._next(self._pass(cache, given, end), combine(noise, 0))
+        cache.tokens[:, 0], cache.noise[:] = first, noise
+        cache.place.fill_(at + given.shape[1])
+        cache.number.fill_(1)
+        one_more = self._captured(cache, end)
         for _ in range(1, count):
             one_more()
-        return work.tokens.clone()
+        return cache.tokens.clone()
 
-    def _captured(self, work: _Work, end: int) -> Callable[[], None]:
+    def _captured(self, cache: _KVCache, end: int) -> Step:
         """`_one_more` for a frame that ends at place `end`, as a graph where that is faster."""
-        if not self.static:
-            return lambda: self._one_more(work, end)
-        if end not in work.graphs:
-            work.graphs[end] = self.capture(lambda: self._one_more(work, end), work.counters)
-        return work.graphs[end]
+        if cache.capture is None:
+            return lambda: self._one_more(cache, end)
+        if end not in cache.graphs:
+            cache.graphs[end] = cache.capture(lambda: self._one_more(cache, end), cache.counters)
+        return cache.graphs[end]
 
-    def _one_more(self, work: _Work, end: int) -> None:
+    def _one_more(self, cache: _KVCache, end: int) -> None:
         """Adds the last token and chooses the next; all that changes lies in the buffers."""
-        last = work.tokens.gather(1, (work.number - 1).expand(len(work.tokens), 1))
-        hidden = self._pass(work, last, end)
-        token = self._next(hidden, combine(work.noise, work.number))
-        work.tokens.index_copy_(1, work.number, token[:, None])
-        work.place.add_(1)
-        work.number.add_(1)
+        last = cache.tokens.gather(1, (cache.number - 1).expand(len(cache.tokens), 1))
+        hidden = self._pass(cache, last, end)
+        token = self._next(hidden, combine(cache.noise, cache.number))
+        cache.tokens.index_copy_(1, cache.number, token[:, None])
+        cache.place.add_(1)
+        cache.number.add_(1)
 
     def _next(self, hidden: Tensor, noise: Tensor) -> Tensor:
         return choose(self.unembed(hidden), self.decoding, noise)
 
-    def _workspace(self, prefix: Prefix, members: int, length: int) -> _Work:
-        """Buffers for rows of a prefix; those of the last call if they fit."""
-        work = self._work
-        if work is None or not work.fits(prefix, members, length):
-            self._work = None  # free before the next are made
-            work = self._work = _Work(self, prefix, members, length)
-        work.begin(prefix)
-        return work
+    def _cache_for(self, prefix: Prefix, members: int, length: int) -> _KVCache:
+        """A cache for rows of a prefix; that of the last call if it fits."""
+        cache = self._cache
+        if cache is None or not cache.fits(prefix, members, length):
+            self._cache = cache = None  # so that they are free before the next are made
+            cache = self._cache = _KVCache(self, prefix, members, length)
+        cache.begin(prefix)
+        return cache
 
-    def _pass(self, work: _Work, tokens: Tensor, end: int) -> Tensor:
-        """Adds tokens `(B, m)` from `work.place` on; returns hidden states `(B, D)` of the last.
+    def _pass(self, cache: _KVCache, tokens: Tensor, end: int) -> Tensor:
+        """Adds tokens `(B, m)` from `cache.place` on; returns hidden states `(B, D)` of the last.
 
         Args:
-            work: The buffers.
+            cache: What the rows have added so far.
             tokens: What to add.
             end: Place after the last one that may be attended to. The shapes of everything depend
                 on it alone in a graph; otherwise only what is there is read.
         """
         count = tokens.shape[1]
-        places = work.place + torch.arange(count, device=self.device)
+        places = cache.place + torch.arange(count, device=self.device)
         if not self.static:
-            end = int(work.place) + count
-        cos, sin = rotary(work.prefix_length + places, self.head, self.config.rope_theta)
+            end = int(cache.place) + count
+        cos, sin = rotary(cache.prefix_length + places, self.head, self.config.rope_theta)
         cos, sin = cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)
         allowed = torch.arange(end, device=self.device) <= places[:, None]
         x = F.embedding(tokens, self.embedding)
         eps = self.config.rms_norm_eps
         for number, layer in enumerate(self.layers):
             q, k, v = self._project(layer, x, cos, sin)
-            keys, values = work.keys[number], work.values[number]
+            keys, values = cache.keys[number], cache.values[number]
             keys.index_copy_(2, places, k.transpose(1, 2).to(keys.dtype))
             values.index_copy_(2, places, v.transpose(1, 2).to(values.dtype))
             mixed = shared_prefix_attention(
                 q,
-                (work.prefix.keys[number], work.prefix.values[number]),
+                (cache.prefix.keys[number], cache.prefix.values[number]),
                 (keys[:, :, :end], values[:, :, :end]),
                 allowed,
             )
@@ -309,7 +318,7 @@ class Generator:
         return layer.down(F.silu(gate) * up)
 
 
-class _Work:
+class _KVCache:
     """Buffers of what rows add to their prefix: nothing is copied as they grow.
 
     Keys and values are `(layers, B, H, S, head)`. Where steps are captured in graphs, these read
@@ -332,7 +341,8 @@ class _Work:
         self.noise = torch.zeros(rows, **whole)
         self.place = torch.zeros((), **whole)
         self.number = torch.zeros(1, **whole)
-        self.graphs: dict[int, Callable[[], None]] = {}
+        self.graphs: dict[int, Step] = {}
+        self.capture = generator.capturing() if self.static else None
 
     @property
     def counters(self) -> list[Tensor]:
@@ -352,15 +362,15 @@ class _Work:
         self.prefix.keys.copy_(prefix.keys)
         self.prefix.values.copy_(prefix.values)
 
-    def put(self, memory: Tensor) -> None:
-        """Fills the beginning from what `take` returned."""
+    def restore(self, memory: Tensor) -> None:
+        """Fills the beginning from what `saved` returned."""
         count = memory.shape[1]
         layers, _, heads, _, head = self.keys.shape
         keys, values = memory.unflatten(-1, (2, layers, heads, head)).permute(2, 3, 0, 4, 1, 5)
         self.keys[:, :, :, :count] = keys
         self.values[:, :, :, :count] = values
 
-    def take(self, count: int) -> Tensor:
+    def saved(self, count: int) -> Tensor:
         """The first `count` tokens as `(B, count, 2 layers H head)`."""
         layers, rows, heads, _, head = self.keys.shape
         memory = self.keys.new_empty(rows, count, 2, layers, heads, head)
@@ -369,22 +379,32 @@ class _Work:
         return memory.flatten(2)
 
 
-def cuda_graph(step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
-    """A step as a CUDA graph: one launch instead of hundreds.
+def cuda_graphs(device: torch.device) -> Capture:
+    """Captures steps as CUDA graphs: one launch instead of hundreds.
 
-    Args:
-        step: What to capture; it reads and writes fixed buffers only.
-        counters: Those of its buffers that must not have changed by trying it out.
+    Graphs of one call share the memory of what is made on the way: none of it is needed after a
+    step, and no two run at once.
     """
-    before = [counter.clone() for counter in counters]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    for counter, value in zip(counters, before, strict=True):
-        counter.copy_(value)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    stream, pool = _capture_stream(device), torch.cuda.graph_pool_handle()
+
+    def capture(step: Step, counters: Sequence[Tensor]) -> Step:
+        before = [counter.clone() for counter in counters]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):  # streams and captures are of the current one
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            for counter, value in zip(counters, before, strict=True):
+                counter.copy_(value)
+            with torch.cuda.graph(graph, stream=stream, pool=pool):
+                step()
+        return graph.replay
+
+    return capture
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device: libraries keep memory for every stream they were used on."""
+    return torch.cuda.Stream(device)

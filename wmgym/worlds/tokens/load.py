@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from wmgym.checkpoints import CONFIG, CheckpointError
+from wmgym.checkpoints import CONFIG, CheckpointError, read_json
 from wmgym.worlds.tokens import action_tokens, compressive, transformer
 from wmgym.worlds.tokens.action_tokens import ActionTokens
 from wmgym.worlds.tokens.attention import AttentionKind
 from wmgym.worlds.tokens.compressive import CompressiveTokenizer
-from wmgym.worlds.tokens.folders import read_json, resolve_folder
+from wmgym.worlds.tokens.folders import resolve_folder
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
 from wmgym.worlds.tokens.transformer import TokenDynamics

@@ -48,8 +48,7 @@ from wmgym.worlds.tokens.recipe import (
     write_notes,
 )
 from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, reshard, shard
-from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
-from wmgym.worlds.tokens.vocabulary import Vocabulary
+from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig, check_sequences
 from wmgym.worlds.tokens.window_tokens import WindowTokens, digest
 
 Ranges = Literal["data", "published"]
@@ -165,7 +164,7 @@ class DynamicsTrainer:
         self.config, self.here = config, here
         self.tokens, self.held = tokens
         self.vocabulary = tokens[0].vocabulary
-        _check_fit(model.config, self.vocabulary, config.frames)
+        check_sequences(model.config, self.vocabulary, config.frames)
         model.to(here.device).train()
         average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
         self.sharded = config.sharding == "fsdp"
@@ -234,16 +233,6 @@ class DynamicsTrainer:
         self.tokens.actions.save(folder)
         kept.save_pretrained(folder)
         write_notes(folder, self.run)
-
-
-def _check_fit(config: TokenDynamicsConfig, vocabulary: Vocabulary, frames: int) -> None:
-    longest = vocabulary.prefix + (frames - 1) * vocabulary.frame
-    if config.vocab_size < vocabulary.size or config.max_position_embeddings < longest:
-        raise ValueError(
-            f"dynamics with vocab_size={config.vocab_size} and max_position_embeddings="
-            f"{config.max_position_embeddings}; the tokenizer, the actions and {frames} frames "
-            f"need {vocabulary.size} and {longest}"
-        )
 
 
 def _start(

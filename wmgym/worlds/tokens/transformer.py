@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmgym.checkpoints import save_model
 from wmgym.settings import check_numbers
 from wmgym.spaces import ACTION_DIM
 from wmgym.worlds.tokens.attention import causal_attention
-from wmgym.worlds.tokens.folders import Described, read_model, write_model
+from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, check_integers
@@ -120,6 +121,21 @@ class TokenDynamicsConfig(Described):
         """Width of a head."""
         given = self.head_dim
         return self.hidden_size // self.num_attention_heads if given is None else given
+
+
+def check_sequences(config: TokenDynamicsConfig, vocabulary: Vocabulary, frames: int) -> None:
+    """Checks that dynamics can hold sequences of so many frames, the first one included.
+
+    Raises:
+        ValueError: They know too few tokens or positions.
+    """
+    longest = vocabulary.prefix + (frames - 1) * vocabulary.frame
+    if config.vocab_size < vocabulary.size or config.max_position_embeddings < longest:
+        raise ValueError(
+            f"dynamics with vocab_size={config.vocab_size} and max_position_embeddings="
+            f"{config.max_position_embeddings}; the tokenizer, the actions and {frames} frames "
+            f"need {vocabulary.size} and {longest} positions"
+        )
 
 
 class RMSNorm(nn.Module):
@@ -243,12 +259,8 @@ class TokenDynamics(nn.Module):
         Raises:
             FloatingPointError: A weight is NaN or infinite; nothing is written.
         """
-        write_model(
-            self,
-            self.config.describe() | _WRITTEN_AS | dict([self.config.kind]),
-            Path(folder),
-            WEIGHTS,
-        )
+        described = self.config.describe() | _WRITTEN_AS | dict([self.config.kind])
+        save_model(Path(folder), self, described, weights=WEIGHTS)
 
     def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, L, V)` of the token after each of `tokens` `(B, L)`.
@@ -300,12 +312,12 @@ class TokenDynamics(nn.Module):
                 f"actions have shape {tuple(actions.shape)}, "
                 f"expected ({len(prompt)}, T - 1, {ACTION_DIM})"
             )
-        told = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
+        action_tokens = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
         self.check(torch.cat([prompt, actions.flatten(1)], 1))
         prefix = prompt[:, : vocabulary.prefix]
         generator = Generator(self, vocabulary, decoding, self.lm_head.weight.dtype)
         noise = keys_of(prefix, decoding.seed)
-        return generator.generate(generator.prefix(prefix), 1, told, noise)[0]
+        return generator.generate(generator.prefix(prefix), 1, action_tokens, noise)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What `lm_head` turns into logits: `(B, L, D)` of tokens `(B, L)`."""

@@ -72,8 +72,7 @@ class Vocabulary:
         Returns:
             `(B, N + n + T (7 + n))` ids.
         """
-        told = self.actions(bins)
-        steps = torch.cat([told, frames[:, 1:]], dim=2).flatten(1)
+        steps = torch.cat([self.actions(bins), frames[:, 1:]], dim=2).flatten(1)
         return torch.cat([self.start(context, frames[:, 0]), steps], dim=1)
 
     def predicted(self, length: int) -> Tensor:
