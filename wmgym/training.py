@@ -92,10 +92,10 @@ class Run(Generic[ModelT]):
             part.load_state_dict(state["beside"][name])
         self.step = state["step"]
 
-    def resume(self, path: Path, device: torch.device) -> None:
+    def resume(self, path: Path) -> None:
         """Goes back to a checkpoint if there is one."""
         if path.exists():
-            self.load(path, device)
+            self.load(path)
             logger.info("going on from step %d of %s", self.step, path)
 
     def descend(
@@ -134,14 +134,15 @@ class Run(Generic[ModelT]):
         """The weights that a run is for: the average, or the model where there is none."""
         return self.model if self.average is None else self.average
 
-    def load(self, path: Path, device: torch.device) -> None:
+    def load(self, path: Path) -> None:
         """Goes back to a checkpoint.
 
         Raises:
             CheckpointError: It is damaged, of another shape, or of a run with other settings.
         """
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            # On a GPU, AdamW's step counts would make every step wait for them.
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}")
             before = json.loads(state["settings"])

@@ -256,7 +256,7 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
         if here.main:
             logger.info("preparing policy and demonstrations")
         run, checkpoint = new_run(config, here.device), config.out / CHECKPOINT
-        run.resume(checkpoint, here.device)
+        run.resume(checkpoint)
         encoder = run.model.config.encoder
         train_cache, validation_cache = split_caches(
             config.data,

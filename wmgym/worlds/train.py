@@ -209,7 +209,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         )
         run = new_run(config, train_cache, here.device)
         checkpoint = config.out / "checkpoint.pt"
-        run.resume(checkpoint, here.device)
+        run.resume(checkpoint)
         lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
         objective: nn.Module = Objective(run.model, config.loss, lpips, here.mean)
         if here.size > 1:

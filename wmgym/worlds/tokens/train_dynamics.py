@@ -304,7 +304,7 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
             for part, folder in zip(clips, kept, strict=True)
         ]
         trainer = DynamicsTrainer(config, model, (tokens[0], tokens[1]), here)
-        trainer.run.resume(config.out / "checkpoint.pt", here.device)
+        trainer.run.resume(config.out / "checkpoint.pt")
         train_steps(
             trainer.run,
             config,

@@ -255,7 +255,7 @@ def train_tokenizer(config: TokenizerTraining, *, progress: bool = True) -> Path
     with processes(config.device) as here:
         clips = open_clips(config, config.tokenizer.resolution, here, progress=progress)
         trainer = TokenizerTrainer(config, model, clips, here)
-        trainer.run.resume(config.out / "checkpoint.pt", here.device)
+        trainer.run.resume(config.out / "checkpoint.pt")
         train_steps(
             trainer.run,
             config,
