@@ -6,12 +6,13 @@ Worlds and policies are trained by loops of their own that share these pieces. W
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar
@@ -236,6 +237,18 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(weight, 1 - decay)
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, seed: int, *, bfloat16: bool) -> Iterator[None]:
+    """Autocast to bfloat16, if asked for, and dropout, which knows no other source, of a seed."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+    ):
+        torch.manual_seed(seed)
+        yield
 
 
 def seed_of(*numbers: int) -> int:

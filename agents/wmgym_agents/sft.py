@@ -35,6 +35,7 @@ from wmgym.training import (
     Run,
     adamw,
     check_validation_states,
+    computing,
     fingerprints,
     seed_of,
     settings_of,
@@ -307,11 +308,7 @@ def _step(
     seeds = [seed_of(config.seed, run.step, place) for place in places]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pixels, proprio, instruction, actions = examples.gather(rows)
-    with (
-        torch.random.fork_rng(),  # dropout knows no other source
-        torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16),
-    ):
-        torch.manual_seed(seeds[0])
+    with computing(here.device, seeds[0], bfloat16=config.bfloat16):
         view = random_view(run.model.resized(pixels), generators)
         loss = objective(view, proprio, instruction, actions, generators)
     norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)

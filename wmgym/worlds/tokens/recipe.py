@@ -9,10 +9,9 @@ then averaged over the processes, once a step.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,18 +167,6 @@ def micro_batches(recipe: Recipe, clips: Clips, step: int, here: Processes) -> l
         MicroBatch(rows[p.start : p.stop], [seed_of(recipe.seed, step, i) for i in p])
         for p in places
     ]
-
-
-@contextlib.contextmanager
-def computing(recipe: Recipe, seed: int, device: torch.device) -> Iterator[None]:
-    """Autocast as the recipe says, and dropout, which knows no other source, of a seed."""
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16),
-    ):
-        torch.manual_seed(seed)
-        yield
 
 
 class Means:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.settings import described
-from wmgym.training import Run, adamw, fingerprints, settings_of, warmup_constant
+from wmgym.training import Run, adamw, computing, fingerprints, settings_of, warmup_constant
 from wmgym.worlds.tokens.action_tokens import (
     PUBLISHED_RANGES,
     ActionSpace,
@@ -41,7 +41,6 @@ from wmgym.worlds.tokens.objective import accuracy, cross_entropy, predictions
 from wmgym.worlds.tokens.recipe import (
     Means,
     Recipe,
-    computing,
     micro_batches,
     open_clips,
     train_steps,
@@ -190,7 +189,7 @@ class DynamicsTrainer:
         def losses() -> Iterator[Tensor]:
             for part in mine:
                 told = self.tokens.sequences(part.rows, part.seeds)
-                with computing(config, part.seeds[0], self.here.device):
+                with computing(self.here.device, part.seeds[0], bfloat16=config.bfloat16):
                     logits, targets = predictions(run.model, self.vocabulary, told)
                 loss = cross_entropy(logits, targets).mean()
                 means.add({"loss": loss, "accuracy": accuracy(logits, targets).mean()})
@@ -208,7 +207,7 @@ class DynamicsTrainer:
         means = Means()
         for row in self.held.clips.spread(self.config.validation_windows):
             told = self.held.sequences([row])
-            with computing(self.config, 0, self.here.device):
+            with computing(self.here.device, 0, bfloat16=self.config.bfloat16):
                 logits, targets = predictions(model, self.vocabulary, told)
             places = self.vocabulary.predicted(told.shape[1]).to(told.device).nonzero()[:, 0]
             means.add(

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import Run, adamw, descend, fingerprints, settings_of, warmup_cosine
+from wmgym.training import (
+    Run,
+    adamw,
+    computing,
+    descend,
+    fingerprints,
+    settings_of,
+    warmup_cosine,
+)
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.tokens.clips import Clips
@@ -40,7 +48,6 @@ from wmgym.worlds.tokens.objective import (
 from wmgym.worlds.tokens.recipe import (
     Means,
     Recipe,
-    computing,
     micro_batches,
     open_clips,
     train_steps,
@@ -156,7 +163,7 @@ class TokenizerTrainer:
         def losses() -> Iterator[Tensor]:
             for part in mine:
                 real = self.clips.pictures(part.rows, part.seeds)
-                with computing(config, part.seeds[0], self.here.device):
+                with computing(self.here.device, part.seeds[0], bfloat16=config.bfloat16):
                     drawn = run.model.reconstruct(real).float()
                 terms = picture_terms(drawn, real, self.lpips)
                 loss = (
@@ -211,7 +218,7 @@ class TokenizerTrainer:
         means, codes = Means(), set()
         for row in self.held.spread(self.config.validation_windows):
             real = self.held.pictures([row])
-            with computing(self.config, 0, self.here.device):
+            with computing(self.here.device, 0, bfloat16=self.config.bfloat16):
                 context, later = model.encode(real)
                 drawn = model.decode(context, later).float().clamp(0, 1)
             codes.update(later.unique().tolist())
