@@ -297,12 +297,13 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
         clips = open_clips(config, tokenizer.config.resolution, here, progress=progress)
         actions = _actions(config, actions, clips[0].cache.actions)
         config = dataclasses.replace(config, action_space=actions.action_space)
-        kept = [config.out / "cache" / name for name in ("train", "validation")]
-        tokens = [
+        cache = config.out / "cache"
+        kept = (None if clips[0].varied else cache / "train", cache / "validation")
+        training, held = (
             WindowTokens(part, tokenizer, actions, folder, bfloat16=config.bfloat16)
             for part, folder in zip(clips, kept, strict=True)
-        ]
-        trainer = DynamicsTrainer(config, model, (tokens[0], tokens[1]), here)
+        )
+        trainer = DynamicsTrainer(config, model, (training, held), here)
         trainer.run.resume(config.out / "checkpoint.pt")
         train_steps(
             trainer.run,
