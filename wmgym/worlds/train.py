@@ -29,6 +29,7 @@ from wmgym.checkpoints import model_folder
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
+from wmgym.settings import check_numbers
 from wmgym.training import (
     Log,
     Run,
@@ -103,8 +104,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data is empty: name at least one dataset folder")
-        if min(self.steps, self.batch_size, self.save_every, self.validate_every) < 1:
-            raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
+        check_numbers(self, ">= 1", "steps", "batch_size", "save_every")
+        check_numbers(self, ">= 1", "validate_every", "validation_windows")
+        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
+        check_numbers(self, "> 0", "learning_rate", "clip")
+        if self.ema >= 1:
+            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
         if self.lead < 0:
             raise ValueError(f"lead={self.lead}: allowed are integers >= 0")
         check_validation_states(self.validation_states)
