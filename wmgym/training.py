@@ -58,7 +58,7 @@ class Run(Generic[ModelT]):
         optimizer: The optimizer.
         settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
-        beside: What else belongs to the run, by name: a discriminator and its optimizer.
+        extra_state: What else belongs to the run, by name: a discriminator and its optimizer.
     """
 
     model: ModelT
@@ -66,7 +66,7 @@ class Run(Generic[ModelT]):
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     step: int = 0
-    beside: Mapping[str, Stateful] = field(default_factory=dict)
+    extra_state: Mapping[str, Stateful] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, entirely or not at all; `OSError` if it cannot be written."""
@@ -78,7 +78,7 @@ class Run(Generic[ModelT]):
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "beside": {name: part.state_dict() for name, part in self.beside.items()},
+            "beside": {name: part.state_dict() for name, part in self.extra_state.items()},
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
@@ -89,7 +89,7 @@ class Run(Generic[ModelT]):
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, part in self.beside.items():
+        for name, part in self.extra_state.items():
             part.load_state_dict(state["beside"][name])
         self.step = state["step"]
 
@@ -131,7 +131,7 @@ class Run(Generic[ModelT]):
         return norm
 
     @property
-    def kept(self) -> ModelT:
+    def average_or_model(self) -> ModelT:
         """The weights that a run is for: the average, or the model where there is none."""
         return self.model if self.average is None else self.average
 

@@ -284,7 +284,7 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             if step % 50 == 0 or step == 1 or last:
                 log.write(step, "train", figures | {"seconds": time.monotonic() - began})
             if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.kept, held, config)
+                scores = validate(run.average_or_model, held, config)
                 log.write(step, "validation", scores)
                 log.say(f"step {step}: {scores}")
             if here.main and (step % config.save_every == 0 or last):
@@ -320,7 +320,7 @@ def _step(
 
 
 def _keep(config: SFTConfig, run: PolicyRun) -> None:
-    run.kept.save_pretrained(
+    run.average_or_model.save_pretrained(
         config.out / "policy",
         version=wmgym.__version__,
         training={**run.settings, "steps_done": run.step},

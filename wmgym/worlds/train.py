@@ -234,10 +234,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
                 log.write(step, "train", figures | {"seconds": time.monotonic() - began})
             last = step == config.steps
             if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.kept, held, lpips, config)
+                scores = validate(run.average_or_model, held, lpips, config)
                 log.write(step, "validation", scores)
                 log.say(f"step {step}: {scores}")
-                world = LatentWorld(run.kept, name=config.out.name, device=here.device)
+                world = LatentWorld(run.average_or_model, name=config.out.name, device=here.device)
                 film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
             if here.main and (step % config.save_every == 0 or last):
                 _keep(config, run)
@@ -249,7 +249,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 def _keep(config: TrainConfig, run: WorldRun) -> None:
     save_world(
         config.out / "world",
-        run.kept,
+        run.average_or_model,
         version=wmgym.__version__,
         training={**run.settings, "steps_done": run.step},
     )
@@ -263,7 +263,7 @@ def _step(
     lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
-        loss, terms = objective(go_on(run.kept, batch))
+        loss, terms = objective(go_on(run.average_or_model, batch))
     norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}

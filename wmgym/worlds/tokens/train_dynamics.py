@@ -203,7 +203,7 @@ class DynamicsTrainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and accuracy on held-out windows, beside copying the token of the frame before."""
-        model, frame = self.run.kept.eval(), self.vocabulary.frame
+        model, frame = self.run.average_or_model.eval(), self.vocabulary.frame
         means = Means()
         for row in self.held.clips.spread(self.config.validation_windows):
             told = self.held.sequences([row])
@@ -224,7 +224,7 @@ class DynamicsTrainer:
 
     def keep(self) -> None:
         """Writes the world: dynamics, how actions become tokens, and the tokenizer."""
-        folder, kept = self.config.out / "world", self.run.kept
+        folder, kept = self.config.out / "world", self.run.average_or_model
         if self.sharded:
             kept = gathered(kept, empty_like(kept))
         if not self.here.main:

@@ -121,7 +121,7 @@ class TokenizerTrainer:
     Attributes:
         run: The run.
         discriminator: What plays against the tokenizer.
-        opposition: Its optimizer.
+        discriminator_optimizer: Its optimizer.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class TokenizerTrainer:
             self.discriminator = Discriminator(config.discriminator, model.config.resolution)
         model.to(here.device).train()
         self.discriminator.to(here.device)
-        self.opposition = adamw(
+        self.discriminator_optimizer = adamw(
             self.discriminator, config.discriminator_rate, config.weight_decay, config.betas
         )
         self.run = Run(
@@ -146,7 +146,10 @@ class TokenizerTrainer:
             copy.deepcopy(model).requires_grad_(False) if config.ema else None,
             adamw(model, config.learning_rate, config.weight_decay, config.betas),
             settings_of(config) | {"data_fingerprints": fingerprints(config.data)},
-            beside={"discriminator": self.discriminator, "opposition": self.opposition},
+            extra_state={
+                "discriminator": self.discriminator,
+                "opposition": self.discriminator_optimizer,  # its name in checkpoints
+            },
         )
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.lpips = LPIPS(config.lpips, dtype=dtype, micro_batch=1 + config.frames)
@@ -196,7 +199,7 @@ class TokenizerTrainer:
         norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, mean=mean)
         if plays:
             descend(
-                self.opposition,
+                self.discriminator_optimizer,
                 list(self.discriminator.parameters()),
                 opposing(),
                 config.discriminator_rate * shape,
@@ -204,7 +207,7 @@ class TokenizerTrainer:
                 step=run.step,
                 mean=mean,
             )
-            self.discriminator.settle()
+            self.discriminator.update_spectral_norms()
         return means.over(self.here) | {"gradient_norm": float(norm), "learning_rate": rate}
 
     @torch.no_grad()
@@ -214,7 +217,7 @@ class TokenizerTrainer:
         The context frame is f0; `psnr` is of the frames after it, `codes` counts different dynamics
         tokens.
         """
-        model = self.run.kept.eval()
+        model = self.run.average_or_model.eval()
         means, codes = Means(), set()
         for row in self.held.spread(self.config.validation_windows):
             real = self.held.pictures([row])
@@ -230,7 +233,7 @@ class TokenizerTrainer:
     def keep(self) -> None:
         """Writes the tokenizer."""
         folder = self.config.out / "tokenizer"
-        self.run.kept.save_pretrained(folder)
+        self.run.average_or_model.save_pretrained(folder)
         write_notes(folder, self.run)
 
 
