@@ -28,12 +28,66 @@ from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
 from wmgym.extras import keep_tensorflow_out
 from wmgym.files import complete, json_lines, write_text
-from wmgym.settings import described
+from wmgym.settings import check_numbers, described
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Mean = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is set in every training on demonstrations.
+
+    Attributes:
+        data: Folders of LeRobot v3 or RLDS datasets.
+        out: Folder of the run: checkpoints, log, and the result.
+        init_from: Weights to go on from, instead of random ones.
+        steps: Optimizer steps.
+        batch_size: Examples per step, over all processes.
+        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
+        warmup: Steps of linear warm-up.
+        weight_decay: Of AdamW, on matrices only.
+        clip: Largest norm of the gradient.
+        ema: Decay of the moving average of the weights.
+        validation_states: Initial states kept apart to watch progress.
+        validation_windows: Windows in a validation.
+        validate_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        seed: Seed of everything random.
+        device: "auto", "cpu" or "cuda".
+        bfloat16: Matrix products in bfloat16.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    init_from: str | None = None
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 500
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    validation_states: tuple[int, ...] = (25,)
+    validation_windows: int = 64
+    validate_every: int = 1000
+    save_every: int = 250
+    seed: int = 0
+    device: str = "auto"
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty: name at least one dataset folder")
+        check_numbers(self, ">= 1", "steps", "batch_size", "save_every")
+        check_numbers(self, ">= 1", "validate_every", "validation_windows")
+        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
+        check_numbers(self, "> 0", "learning_rate", "clip")
+        if self.ema >= 1:
+            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        check_validation_states(self.validation_states)
 
 
 class Stateful(Protocol):

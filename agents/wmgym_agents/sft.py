@@ -33,8 +33,8 @@ from wmgym.settings import check_numbers
 from wmgym.training import (
     Log,
     Run,
+    TrainingConfig,
     adamw,
-    check_validation_states,
     computing,
     fingerprints,
     seed_of,
@@ -53,12 +53,11 @@ CHECKPOINT = "checkpoint.pt"
 PolicyRun = Run[FlowVLA]
 
 
-@dataclass(frozen=True)
-class SFTConfig:
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
     """How a policy is trained on demonstrations.
 
     Attributes:
-        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the policy in `policy/`.
         policy: Shape of the policy.
         init_from: Policy to go on from (shipped name or folder) instead of random weights; shape
@@ -66,53 +65,24 @@ class SFTConfig:
         pretrained: Whether the backbone of `vla-adapter` starts from the weights that DINOv2,
             SigLIP and Qwen2.5 were published with, downloaded where they are missing, instead of
             random ones. None: it does, where there is such a backbone and no `init_from`.
-        steps: Optimizer steps.
         batch_size: Observations per step, over all processes.
         draws: Flow times and noises per observation, which share its encoding.
-        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
-        warmup: Steps of linear warm-up.
-        weight_decay: Of AdamW, on matrices only.
-        clip: Largest norm of the gradient.
         ema: Decay of the moving average of the weights, which is what is kept.
-        validation_states: Initial states kept apart to watch progress.
         validation_windows: Observations in a validation.
-        validate_every: Steps between validations.
-        save_every: Steps between checkpoints.
         seed: Seed of weights, windows, noise and augmentation.
-        device: "auto", "cpu" or "cuda".
-        bfloat16: Matrix products in bfloat16.
     """
 
-    data: tuple[Path, ...]
-    out: Path
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    init_from: str | None = None
     pretrained: bool | None = None
     steps: int = 10_000
     batch_size: int = 64
     draws: int = 4
     learning_rate: float = 5e-4
-    warmup: int = 500
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    validation_states: tuple[int, ...] = (25,)
     validation_windows: int = 256
-    validate_every: int = 1000
-    save_every: int = 250
-    seed: int = 0
-    device: str = "auto"
-    bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data is empty: name at least one dataset folder")
-        check_numbers(self, ">= 1", "steps", "batch_size", "draws", "save_every")
-        check_numbers(self, ">= 1", "validate_every", "validation_windows")
-        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
-        check_numbers(self, "> 0", "learning_rate", "clip")
-        if self.ema >= 1:
-            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        super().__post_init__()
+        check_numbers(self, ">= 1", "draws")
         if self.init_from is not None and self.policy not in SHAPES.values():
             raise ValueError(
                 f"init_from={self.init_from!r} brings a shape of its own: leave out policy.*"
@@ -123,7 +93,6 @@ class SFTConfig:
                 "pretrained=True: only the backbone of vla-adapter has published weights, and "
                 "init_from brings its own; leave one of them out"
             )
-        check_validation_states(self.validation_states)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -29,12 +29,11 @@ from wmgym.checkpoints import model_folder
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.settings import check_numbers
 from wmgym.training import (
     Log,
     Run,
+    TrainingConfig,
     adamw,
-    check_validation_states,
     fingerprints,
     settings_of,
     split_caches,
@@ -51,68 +50,33 @@ from wmgym.worlds.objective import LossWeights, Objective
 WorldRun = Run[LatentWorldModel]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingConfig):
     """How a world is trained.
 
     Attributes:
-        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the world in `world/`.
         world: Shape of the network.
         init_from: World to go on from (shipped name or folder) instead of random weights; its shape
             replaces `world`.
-        steps: Optimizer steps.
         batch_size: Windows per step, over all processes.
-        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
-        warmup: Steps of linear warm-up.
-        weight_decay: Of AdamW, on matrices only.
-        clip: Largest norm of the gradient.
-        ema: Decay of the moving average of the weights.
         loss: Weights of the loss.
         lead: Most chunks that the network imagines itself before the one it is trained on, so that
             it learns to go on from its own frames. Grows from 0 over the first half of the run.
-        validation_states: Initial states kept apart to watch progress.
-        validation_windows: Windows in a validation.
-        validate_every: Steps between validations.
-        save_every: Steps between checkpoints.
         seed: Seed of the weights and of the windows.
-        device: "auto", "cpu" or "cuda".
-        bfloat16: Matrix products in bfloat16.
     """
 
-    data: tuple[Path, ...]
-    out: Path
     world: LatentWorldConfig = field(default_factory=LatentWorldConfig)
-    init_from: str | None = None
     steps: int = 20_000
     batch_size: int = 16
     learning_rate: float = 6e-4
-    warmup: int = 500
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
     loss: LossWeights = field(default_factory=LossWeights)
     lead: int = 3
-    validation_states: tuple[int, ...] = (25,)
-    validation_windows: int = 64
-    validate_every: int = 1000
-    save_every: int = 250
-    seed: int = 0
-    device: str = "auto"
-    bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data is empty: name at least one dataset folder")
-        check_numbers(self, ">= 1", "steps", "batch_size", "save_every")
-        check_numbers(self, ">= 1", "validate_every", "validation_windows")
-        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
-        check_numbers(self, "> 0", "learning_rate", "clip")
-        if self.ema >= 1:
-            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        super().__post_init__()
         if self.lead < 0:
             raise ValueError(f"lead={self.lead}: allowed are integers >= 0")
-        check_validation_states(self.validation_states)
 
 
 def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> WorldRun:
