@@ -12,10 +12,11 @@ import json
 import logging
 import math
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Mean = Callable[[Tensor], Tensor]
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,13 @@ class Run(Generic[ModelT]):
     settings: dict[str, Any]
     step: int = 0
     extra_state: Mapping[str, Stateful] = field(default_factory=dict)
+    spread: ClassVar[bool] = False
+    """Whether all processes must write and validate it together."""
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What is written beside the weights about how they came to be."""
+        return {**self.settings, "steps_done": self.step}
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, entirely or not at all; `OSError` if it cannot be written."""
@@ -518,3 +527,50 @@ class Log:
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def train_steps(
+    run: Run[Any],
+    config: TrainingConfig,
+    here: Processes,
+    *,
+    step: Callable[[], dict[str, float]],
+    validate: Callable[[], dict[str, float]],
+    keep: Callable[[], None],
+    progress: bool,
+    shown: str = "loss",
+    log_every: int = 50,
+    log_last: bool = False,
+) -> None:
+    """Runs a training to its end, with log, validations and checkpoints.
+
+    Args:
+        run: What is trained, resumed already.
+        config: How.
+        here: The processes of the run.
+        step: Makes one optimizer step and returns its figures.
+        validate: Scores the weights that are kept; in the main process only, unless the run is
+            spread over all of them.
+        keep: Writes them; likewise.
+        progress: Show a progress bar on stderr.
+        shown: The figure of a step that stands beside the progress bar.
+        log_every: Steps between logged figures; those of the first one are logged as well.
+        log_last: Log those of the last one, too.
+    """
+    acts = here.main or run.spread
+    with Log(config.out, run.step, config.steps, here, progress=progress) as log:
+        began = time.monotonic()
+        while run.step < config.steps:
+            figures = step()
+            log.advance(**{shown: figures[shown]})
+            now, last = run.step, run.step == config.steps
+            if now % log_every == 0 or now == 1 or (log_last and last):
+                log.write(now, "train", figures | {"seconds": time.monotonic() - began})
+            if acts and (now % config.validate_every == 0 or last):
+                scores = validate()
+                log.write(now, "validation", scores)
+                log.say(f"step {now}: {scores}")
+            if acts and (now % config.save_every == 0 or last):
+                keep()
+                run.save(config.out / CHECKPOINT)
+        here.wait()

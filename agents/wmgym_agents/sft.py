@@ -9,11 +9,10 @@ goes on to the same numbers.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import logging
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import wmgym
 from wmgym.data import FrameCache, WindowSampler, open_dataset
@@ -31,7 +29,7 @@ from wmgym.data.statistics import Statistics
 from wmgym.distributed import Processes, processes
 from wmgym.settings import check_numbers
 from wmgym.training import (
-    Log,
+    CHECKPOINT,
     Run,
     TrainingConfig,
     adamw,
@@ -40,6 +38,7 @@ from wmgym.training import (
     seed_of,
     settings_of,
     split_caches,
+    train_steps,
     warmup_cosine,
 )
 from wmgym_agents.augment import random_view
@@ -49,7 +48,6 @@ from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
 PolicyRun = Run[FlowVLA]
 
 
@@ -127,25 +125,6 @@ class Examples:
         )
 
 
-class _Objective(nn.Module):
-    """The loss as a module, so that gradients of several processes are averaged over it."""
-
-    def __init__(self, model: FlowVLA, draws: int) -> None:
-        super().__init__()
-        self.model, self.draws = model, draws
-
-    def forward(
-        self,
-        pixels: Tensor,
-        proprio: Tensor,
-        instruction: list[str],
-        actions: Tensor,
-        generators: list[torch.Generator],
-    ) -> Tensor:
-        seen = self.model.encode_pixels(pixels, proprio, instruction)
-        return self.model.flow_loss(seen, actions, generators, self.draws).mean()
-
-
 def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
     """A run before its first step."""
     with torch.random.fork_rng(devices=[]):
@@ -154,13 +133,10 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
             model = FlowVLA.from_pretrained(config.init_from)
         else:
             model = _new_model(config)
-        average = FlowVLA(model.config, model.statistics)
-    average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)
+    model.to(device).train()
+    average = copy.deepcopy(model).requires_grad_(False).eval()
     for module in (model.head.sigma_net, model.head.noise_head):
         module.requires_grad_(False)  # imitation says nothing about the noise
-    model.to(device).train()
-    average.to(device).eval()
     optimizer = adamw(model, config.learning_rate, config.weight_decay)
     settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
     return Run(model, average, optimizer, settings)
@@ -222,11 +198,11 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
         OSError: A file cannot be written.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    with processes(config.device) as here, contextlib.ExitStack() as opened:
+    with processes(config.device) as here:
         if here.main:
             logger.info("preparing policy and demonstrations")
-        run, checkpoint = new_run(config, here.device), config.out / CHECKPOINT
-        run.resume(checkpoint)
+        run = new_run(config, here.device)
+        run.resume(config.out / CHECKPOINT)
         encoder = run.model.config.encoder
         train_cache, validation_cache = split_caches(
             config.data,
@@ -237,34 +213,25 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             progress=progress,
             accepts=usable,
         )
-        objective: nn.Module = _Objective(run.model, config.draws)
-        if here.size > 1:
-            objective = DistributedDataParallel(objective)
         chunk = run.model.config.head.chunk
         examples = Examples(train_cache, chunk, config.seed, here.device)
         held = Examples(validation_cache, chunk, config.seed, here.device)
-        log = Log(config.out, run.step, config.steps, here, progress=progress)
-        opened.enter_context(log)
-        began = time.monotonic()
-        while run.step < config.steps:
-            figures = _step(run, objective, examples, config, here)
-            log.advance(loss=figures["flow_loss"])
-            step, last = run.step, run.step == config.steps
-            if step % 50 == 0 or step == 1 or last:
-                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-            if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.average_or_model, held, config)
-                log.write(step, "validation", scores)
-                log.say(f"step {step}: {scores}")
-            if here.main and (step % config.save_every == 0 or last):
-                _keep(config, run)
-                run.save(checkpoint)
-        here.wait()
+        train_steps(
+            run,
+            config,
+            here,
+            step=lambda: _step(run, examples, config, here),
+            validate=lambda: validate(run.average_or_model, held, config),
+            keep=lambda: _keep(config, run),
+            progress=progress,
+            shown="flow_loss",
+            log_last=True,
+        )
     return config.out / "policy"
 
 
 def _step(
-    run: PolicyRun, objective: nn.Module, examples: Examples, config: SFTConfig, here: Processes
+    run: PolicyRun, examples: Examples, config: SFTConfig, here: Processes
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
     if config.batch_size % here.size:
@@ -279,8 +246,9 @@ def _step(
     pixels, proprio, instruction, actions = examples.gather(rows)
     with computing(here.device, seeds[0], bfloat16=config.bfloat16):
         view = random_view(run.model.resized(pixels), generators)
-        loss = objective(view, proprio, instruction, actions, generators)
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
+        seen = run.model.encode_pixels(view, proprio, instruction)
+        loss = run.model.flow_loss(seen, actions, generators, config.draws).mean()
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, mean=here.mean)
     return {
         "flow_loss": float(here.mean(loss.detach())),
         "gradient_norm": float(norm),
@@ -292,5 +260,5 @@ def _keep(config: SFTConfig, run: PolicyRun) -> None:
     run.average_or_model.save_pretrained(
         config.out / "policy",
         version=wmgym.__version__,
-        training={**run.settings, "steps_done": run.step},
+        training=run.notes,
     )

@@ -12,17 +12,15 @@ look beyond it, at LPIPS in `wmgym.rewards`.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import wmgym
 from wmgym.checkpoints import model_folder
@@ -30,13 +28,14 @@ from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.training import (
-    Log,
+    CHECKPOINT,
     Run,
     TrainingConfig,
     adamw,
     fingerprints,
     settings_of,
     split_caches,
+    train_steps,
     warmup_cosine,
 )
 from wmgym.worlds.batches import Windows, go_on
@@ -88,11 +87,8 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Wor
         else:
             model = LatentWorldModel(config.world)
             _fit_scales(model, cache)
-        average = LatentWorldModel(model.config)
-    average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)
     model.to(device)
-    average.to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw(model, config.learning_rate, config.weight_decay)
     settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
     return Run(model, average, optimizer, settings)
@@ -167,7 +163,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         shape = read_shape(model_folder("world", config.init_from))
         config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
-    with processes(config.device) as here, contextlib.ExitStack() as opened:
+    with processes(config.device) as here:
         train_cache, validation_cache = split_caches(
             config.data,
             config.out / "cache",
@@ -177,36 +173,29 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             progress=progress,
         )
         run = new_run(config, train_cache, here.device)
-        checkpoint = config.out / "checkpoint.pt"
-        run.resume(checkpoint)
+        run.resume(config.out / CHECKPOINT)
         lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
-        objective: nn.Module = Objective(run.model, config.loss, lpips, here.mean)
-        if here.size > 1:
-            # All buffers are frozen, those of LPIPS are large.
-            objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = Objective(run.model, config.loss, lpips, here.mean)
         horizon = run.model.config.dynamics.horizon
         windows = Windows(train_cache, horizon, config.seed, here.device, config.lead)
         held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
-        log = Log(config.out, run.step, config.steps, here, progress=progress)
-        opened.enter_context(log)
-        began = time.monotonic()
-        while run.step < config.steps:
-            figures = _step(run, objective, windows, config, here)
-            log.advance(l1=figures["imagined_l1"])
-            step = run.step
-            if step % 50 == 0 or step == 1:
-                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-            last = step == config.steps
-            if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.average_or_model, held, lpips, config)
-                log.write(step, "validation", scores)
-                log.say(f"step {step}: {scores}")
-                world = LatentWorld(run.average_or_model, name=config.out.name, device=here.device)
-                film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
-            if here.main and (step % config.save_every == 0 or last):
-                _keep(config, run)
-                run.save(checkpoint)
-        here.wait()
+
+        def watch() -> dict[str, float]:
+            scores = validate(run.average_or_model, held, lpips, config)
+            world = LatentWorld(run.average_or_model, name=config.out.name, device=here.device)
+            film(world, validation_cache, config.out / f"imagined-{run.step:06d}.mp4")
+            return scores
+
+        train_steps(
+            run,
+            config,
+            here,
+            step=lambda: _step(run, objective, windows, config, here),
+            validate=watch,
+            keep=lambda: _keep(config, run),
+            progress=progress,
+            shown="imagined_l1",
+        )
     return config.out / "world"
 
 
@@ -215,12 +204,12 @@ def _keep(config: TrainConfig, run: WorldRun) -> None:
         config.out / "world",
         run.average_or_model,
         version=wmgym.__version__,
-        training={**run.settings, "steps_done": run.step},
+        training=run.notes,
     )
 
 
 def _step(
-    run: WorldRun, objective: nn.Module, windows: Windows, config: TrainConfig, here: Processes
+    run: WorldRun, objective: Objective, windows: Windows, config: TrainConfig, here: Processes
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
     rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
@@ -228,6 +217,6 @@ def _step(
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss, terms = objective(go_on(run.average_or_model, batch))
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, mean=here.mean)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}

@@ -10,8 +10,7 @@ then averaged over the processes, once a step.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.files import write_text
 from wmgym.settings import check_numbers
-from wmgym.training import Log, Run, TrainingConfig, seed_of, split_caches
+from wmgym.training import Run, TrainingConfig, seed_of, split_caches
 from wmgym.worlds.tokens.clips import Clips
-from wmgym.worlds.tokens.sharding import ShardedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,48 +156,7 @@ class Means:
         return {n: round(float(torch.stack(v).mean()), 5) for n, v in self._values.items()}
 
 
-def train_steps(
-    run: Run[Any],
-    recipe: Recipe,
-    here: Processes,
-    *,
-    step: Callable[[], dict[str, float]],
-    validate: Callable[[], dict[str, float]],
-    keep: Callable[[], None],
-    progress: bool,
-) -> None:
-    """Runs a training to its end, with log, validations and checkpoints.
-
-    Args:
-        run: What is trained, resumed already.
-        recipe: How.
-        here: The processes of the run.
-        step: Makes one optimizer step and returns its figures, "loss" among them.
-        validate: Scores the weights that are kept; in the main process only, unless weights are
-            spread over all of them.
-        keep: Writes them; likewise.
-        progress: Show a progress bar on stderr.
-    """
-    began = time.monotonic()
-    acts = here.main or isinstance(run, ShardedRun)
-    with Log(recipe.out, run.step, recipe.steps, here, progress=progress) as log:
-        while run.step < recipe.steps:
-            figures = step()
-            log.advance(loss=figures["loss"])
-            now, last = run.step, run.step == recipe.steps
-            if now % recipe.log_every == 0 or now == 1:
-                log.write(now, "train", figures | {"seconds": time.monotonic() - began})
-            if acts and (now % recipe.validate_every == 0 or last):
-                scores = validate()
-                log.write(now, "validation", scores)
-                log.say(f"step {now}: {scores}")
-            if acts and (now % recipe.save_every == 0 or last):
-                keep()
-                run.save(recipe.out / "checkpoint.pt")
-        here.wait()
-
-
 def write_notes(folder: Path, run: Run[Any]) -> None:
     """Writes what made the weights in a folder beside them, as `training.json`."""
-    notes = {"wmgym": wmgym.__version__, "steps_done": run.step, **run.settings}
+    notes = {"wmgym": wmgym.__version__, **run.notes}
     write_text(folder / "training.json", json.dumps(notes, indent=2) + "\n")

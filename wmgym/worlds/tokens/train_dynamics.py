@@ -28,7 +28,16 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.settings import described
-from wmgym.training import Run, adamw, computing, fingerprints, settings_of, warmup_constant
+from wmgym.training import (
+    CHECKPOINT,
+    Run,
+    adamw,
+    computing,
+    fingerprints,
+    settings_of,
+    train_steps,
+    warmup_constant,
+)
 from wmgym.worlds.tokens.action_tokens import (
     PUBLISHED_RANGES,
     ActionSpace,
@@ -43,7 +52,6 @@ from wmgym.worlds.tokens.recipe import (
     Recipe,
     micro_batches,
     open_clips,
-    train_steps,
     write_notes,
 )
 from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, reshard, shard
@@ -304,7 +312,7 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
             for part, folder in zip(clips, kept, strict=True)
         )
         trainer = DynamicsTrainer(config, model, (training, held), here)
-        trainer.run.resume(config.out / "checkpoint.pt")
+        trainer.run.resume(config.out / CHECKPOINT)
         train_steps(
             trainer.run,
             config,
@@ -313,5 +321,6 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
             validate=trainer.validate,
             keep=trainer.keep,
             progress=progress,
+            log_every=config.log_every,
         )
     return config.out / "world"

@@ -26,12 +26,14 @@ from torch import Tensor
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.training import (
+    CHECKPOINT,
     Run,
     adamw,
     computing,
     descend,
     fingerprints,
     settings_of,
+    train_steps,
     warmup_cosine,
 )
 from wmgym.worlds.evaluate import MAX_PSNR
@@ -50,7 +52,6 @@ from wmgym.worlds.tokens.recipe import (
     Recipe,
     micro_batches,
     open_clips,
-    train_steps,
     write_notes,
 )
 
@@ -265,7 +266,7 @@ def train_tokenizer(config: TokenizerTraining, *, progress: bool = True) -> Path
     with processes(config.device) as here:
         clips = open_clips(config, config.tokenizer.resolution, here, progress=progress)
         trainer = TokenizerTrainer(config, model, clips, here)
-        trainer.run.resume(config.out / "checkpoint.pt")
+        trainer.run.resume(config.out / CHECKPOINT)
         train_steps(
             trainer.run,
             config,
@@ -274,5 +275,6 @@ def train_tokenizer(config: TokenizerTraining, *, progress: bool = True) -> Path
             validate=trainer.validate,
             keep=trainer.keep,
             progress=progress,
+            log_every=config.log_every,
         )
     return config.out / "tokenizer"
