@@ -34,8 +34,8 @@ from wmgym.settings import check_numbers, described
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Mean = Callable[[Tensor], Tensor]
 CHECKPOINT = "checkpoint.pt"
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class Run(Generic[ModelT]):
         *,
         clip: float,
         ema: float,
-        mean: Mean | None = None,
+        here: Processes | None = None,
     ) -> Tensor:
         """One optimizer step and one of the moving average; arguments as in `descend`.
 
@@ -178,7 +178,7 @@ class Run(Generic[ModelT]):
             rate: Learning rate of all weights.
             clip: Largest norm of the gradient.
             ema: Decay of the average; less in the first steps.
-            mean: Mean of a gradient over all processes.
+            here: The processes whose gradients are averaged.
 
         Returns:
             The norm of the gradient before clipping.
@@ -187,7 +187,7 @@ class Run(Generic[ModelT]):
             FloatingPointError: Loss or gradient is not finite.
         """
         weights = list(self.model.parameters())
-        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, mean=mean)
+        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, here=here)
         self.step += 1
         if self.average is not None:
             update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
@@ -255,7 +255,7 @@ def descend(
     *,
     clip: float,
     step: int,
-    mean: Mean | None = None,
+    here: Processes | None = None,
 ) -> Tensor:
     """One optimizer step.
 
@@ -267,7 +267,7 @@ def descend(
         rate: Learning rate of all weights.
         clip: Largest norm of the gradient.
         step: Number of the step, for messages.
-        mean: Mean of a gradient over all processes; None where that is done elsewhere.
+        here: The processes whose gradients are averaged; None where that is done elsewhere.
 
     Returns:
         The norm of the gradient before clipping.
@@ -281,16 +281,28 @@ def descend(
     for part in [loss] if isinstance(loss, Tensor) else loss:
         check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
         part.backward()
-    if mean is not None:
-        for weight in weights:
-            if weight.grad is not None:
-                weight.grad = mean(weight.grad)
+    if here is not None and here.size > 1:
+        _average([weight.grad for weight in weights if weight.grad is not None], here)
     norm = nn.utils.clip_grad_norm_(weights, clip)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # of weights that are spread over processes
     check_finite(norm, "gradient", step)
     optimizer.step()
     return norm
+
+
+@torch.no_grad()
+def _average(gradients: Sequence[Tensor], here: Processes) -> None:
+    """Replaces gradients by their means, some megabytes at once: each exchange costs a wait."""
+    buckets: dict[int, list[Tensor]] = {}
+    before = 0
+    for gradient in gradients:
+        buckets.setdefault(before // _AT_ONCE, []).append(gradient)
+        before += gradient.numel()
+    for bucket in buckets.values():
+        means = here.mean(torch.cat([gradient.flatten() for gradient in bucket]))
+        for gradient, mean in zip(bucket, means.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 @torch.no_grad()

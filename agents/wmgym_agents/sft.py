@@ -248,7 +248,7 @@ def _step(
         view = random_view(run.model.resized(pixels), generators)
         seen = run.model.encode_pixels(view, proprio, instruction)
         loss = run.model.flow_loss(seen, actions, generators, config.draws).mean()
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, mean=here.mean)
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, here=here)
     return {
         "flow_loss": float(here.mean(loss.detach())),
         "gradient_norm": float(norm),

@@ -217,6 +217,6 @@ def _step(
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
         loss, terms = objective(go_on(run.average_or_model, batch))
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, mean=here.mean)
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, here=here)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}

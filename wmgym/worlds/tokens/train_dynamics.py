@@ -204,8 +204,8 @@ class DynamicsTrainer:
                 yield loss / len(mine)
 
         rate = warmup_constant(run.step, config.learning_rate, config.warmup)
-        mean = None if self.sharded else self.here.mean
-        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, mean=mean)
+        here = None if self.sharded else self.here
+        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, here=here)
         return means.over(self.here) | {"gradient_norm": float(norm), "learning_rate": rate}
 
     @torch.no_grad()

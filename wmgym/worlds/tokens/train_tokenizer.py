@@ -196,8 +196,7 @@ class TokenizerTrainer:
                 yield (terms["discriminator"] + config.penalty * terms["penalty"]) / len(mine)
 
         rate = config.learning_rate * shape
-        mean = self.here.mean
-        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, mean=mean)
+        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, here=self.here)
         if plays:
             descend(
                 self.discriminator_optimizer,
@@ -206,7 +205,7 @@ class TokenizerTrainer:
                 config.discriminator_rate * shape,
                 clip=config.clip,
                 step=run.step,
-                mean=mean,
+                here=self.here,
             )
             self.discriminator.update_spectral_norms()
         return means.over(self.here) | {"gradient_norm": float(norm), "learning_rate": rate}
