@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 CHECKPOINT = "checkpoint.pt"
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,7 @@ def descend(
         check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
         part.backward()
     if here is not None and here.size > 1:
-        _average([weight.grad for weight in weights if weight.grad is not None], here)
+        _average(weights, here)
     norm = nn.utils.clip_grad_norm_(weights, clip)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # of weights that are spread over processes
@@ -291,18 +291,18 @@ def descend(
     return norm
 
 
-@torch.no_grad()
-def _average(gradients: Sequence[Tensor], here: Processes) -> None:
+def _average(weights: Sequence[nn.Parameter], here: Processes) -> None:
     """Replaces gradients by their means, some megabytes at once: each exchange costs a wait."""
-    buckets: dict[int, list[Tensor]] = {}
+    buckets: dict[int, list[nn.Parameter]] = {}
     before = 0
-    for gradient in gradients:
-        buckets.setdefault(before // _AT_ONCE, []).append(gradient)
-        before += gradient.numel()
+    for weight in weights:
+        if weight.grad is not None:
+            buckets.setdefault(before // _AT_ONCE, []).append(weight)
+            before += weight.numel()
     for bucket in buckets.values():
-        means = here.mean(torch.cat([gradient.flatten() for gradient in bucket]))
-        for gradient, mean in zip(bucket, means.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        means = here.mean(torch.cat([w.grad.flatten() for w in bucket if w.grad is not None]))
+        for weight, mean in zip(bucket, means.split([w.numel() for w in bucket]), strict=True):
+            weight.grad = mean.view_as(weight)
 
 
 @torch.no_grad()
