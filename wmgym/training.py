@@ -6,15 +6,17 @@ Worlds and policies are trained by loops of their own that share these pieces. W
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +29,67 @@ from wmgym.data.episodes import HELD_OUT_INIT_STATES, EpisodeInfo
 from wmgym.distributed import Processes
 from wmgym.extras import keep_tensorflow_out
 from wmgym.files import complete, json_lines, write_text
-from wmgym.settings import described
+from wmgym.settings import check_numbers, described
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Mean = Callable[[Tensor], Tensor]
+CHECKPOINT = "checkpoint.pt"
+_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is set in every training on demonstrations.
+
+    Attributes:
+        data: Folders of LeRobot v3 or RLDS datasets.
+        out: Folder of the run: checkpoints, log, and the result.
+        init_from: Weights to go on from, instead of random ones.
+        steps: Optimizer steps.
+        batch_size: Examples per step, over all processes.
+        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
+        warmup: Steps of linear warm-up.
+        weight_decay: Of AdamW, on matrices only.
+        clip: Largest norm of the gradient.
+        ema: Decay of the moving average of the weights.
+        validation_states: Initial states kept apart to watch progress.
+        validation_windows: Windows in a validation.
+        validate_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        seed: Seed of everything random.
+        device: "auto", "cpu" or "cuda".
+        bfloat16: Matrix products in bfloat16.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    init_from: str | None = None
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 500
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    validation_states: tuple[int, ...] = (25,)
+    validation_windows: int = 64
+    validate_every: int = 1000
+    save_every: int = 250
+    seed: int = 0
+    device: str = "auto"
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty: name at least one dataset folder")
+        check_numbers(self, ">= 1", "steps", "batch_size", "save_every")
+        check_numbers(self, ">= 1", "validate_every", "validation_windows")
+        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
+        check_numbers(self, "> 0", "learning_rate", "clip")
+        if self.ema >= 1:
+            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        check_validation_states(self.validation_states)
 
 
 class Stateful(Protocol):
@@ -57,7 +114,7 @@ class Run(Generic[ModelT]):
         optimizer: The optimizer.
         settings: What the run was started with, as JSON values; a run goes on only with the same.
         step: Optimizer steps done.
-        beside: What else belongs to the run, by name: a discriminator and its optimizer.
+        extra_state: What else belongs to the run, by name: a discriminator and its optimizer.
     """
 
     model: ModelT
@@ -65,7 +122,14 @@ class Run(Generic[ModelT]):
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     step: int = 0
-    beside: Mapping[str, Stateful] = field(default_factory=dict)
+    extra_state: Mapping[str, Stateful] = field(default_factory=dict)
+    spread: ClassVar[bool] = False
+    """Whether all processes must write and validate it together."""
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What is written beside the weights about how they came to be."""
+        return {**self.settings, "steps_done": self.step}
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, entirely or not at all; `OSError` if it cannot be written."""
@@ -77,7 +141,7 @@ class Run(Generic[ModelT]):
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "beside": {name: part.state_dict() for name, part in self.beside.items()},
+            "beside": {name: part.state_dict() for name, part in self.extra_state.items()},
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
@@ -88,14 +152,14 @@ class Run(Generic[ModelT]):
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, part in self.beside.items():
+        for name, part in self.extra_state.items():
             part.load_state_dict(state["beside"][name])
         self.step = state["step"]
 
-    def resume(self, path: Path, device: torch.device) -> None:
+    def resume(self, path: Path) -> None:
         """Goes back to a checkpoint if there is one."""
         if path.exists():
-            self.load(path, device)
+            self.load(path)
             logger.info("going on from step %d of %s", self.step, path)
 
     def descend(
@@ -105,7 +169,7 @@ class Run(Generic[ModelT]):
         *,
         clip: float,
         ema: float,
-        mean: Mean | None = None,
+        here: Processes | None = None,
     ) -> Tensor:
         """One optimizer step and one of the moving average; arguments as in `descend`.
 
@@ -114,7 +178,7 @@ class Run(Generic[ModelT]):
             rate: Learning rate of all weights.
             clip: Largest norm of the gradient.
             ema: Decay of the average; less in the first steps.
-            mean: Mean of a gradient over all processes.
+            here: The processes whose gradients are averaged.
 
         Returns:
             The norm of the gradient before clipping.
@@ -123,25 +187,26 @@ class Run(Generic[ModelT]):
             FloatingPointError: Loss or gradient is not finite.
         """
         weights = list(self.model.parameters())
-        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, mean=mean)
+        norm = descend(self.optimizer, weights, loss, rate, clip=clip, step=self.step, here=here)
         self.step += 1
         if self.average is not None:
             update_average(self.average, self.model, min(ema, self.step / (self.step + 10)))
         return norm
 
     @property
-    def kept(self) -> ModelT:
+    def average_or_model(self) -> ModelT:
         """The weights that a run is for: the average, or the model where there is none."""
         return self.model if self.average is None else self.average
 
-    def load(self, path: Path, device: torch.device) -> None:
+    def load(self, path: Path) -> None:
         """Goes back to a checkpoint.
 
         Raises:
             CheckpointError: It is damaged, of another shape, or of a run with other settings.
         """
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            # On a GPU, AdamW's step counts would make every step wait for them.
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}")
             before = json.loads(state["settings"])
@@ -190,7 +255,7 @@ def descend(
     *,
     clip: float,
     step: int,
-    mean: Mean | None = None,
+    here: Processes | None = None,
 ) -> Tensor:
     """One optimizer step.
 
@@ -202,7 +267,7 @@ def descend(
         rate: Learning rate of all weights.
         clip: Largest norm of the gradient.
         step: Number of the step, for messages.
-        mean: Mean of a gradient over all processes; None where that is done elsewhere.
+        here: The processes whose gradients are averaged; None where that is done elsewhere.
 
     Returns:
         The norm of the gradient before clipping.
@@ -216,16 +281,28 @@ def descend(
     for part in [loss] if isinstance(loss, Tensor) else loss:
         check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
         part.backward()
-    if mean is not None:
-        for weight in weights:
-            if weight.grad is not None:
-                weight.grad = mean(weight.grad)
+    if here is not None and here.size > 1:
+        _average(weights, here)
     norm = nn.utils.clip_grad_norm_(weights, clip)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # of weights that are spread over processes
     check_finite(norm, "gradient", step)
     optimizer.step()
     return norm
+
+
+def _average(weights: Sequence[nn.Parameter], here: Processes) -> None:
+    """Replaces gradients by their means, some megabytes at once: each exchange costs a wait."""
+    buckets: dict[int, list[nn.Parameter]] = {}
+    before = 0
+    for weight in weights:
+        if weight.grad is not None:
+            buckets.setdefault(before // _AT_ONCE, []).append(weight)
+            before += weight.numel()
+    for bucket in buckets.values():
+        means = here.mean(torch.cat([w.grad.flatten() for w in bucket if w.grad is not None]))
+        for weight, mean in zip(bucket, means.split([w.numel() for w in bucket]), strict=True):
+            weight.grad = mean.view_as(weight)
 
 
 @torch.no_grad()
@@ -235,6 +312,18 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(weight, 1 - decay)
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, seed: int, *, bfloat16: bool) -> Iterator[None]:
+    """Autocast to bfloat16, if asked for, and dropout, which knows no other source, of a seed."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+    ):
+        torch.manual_seed(seed)
+        yield
 
 
 def seed_of(*numbers: int) -> int:
@@ -450,3 +539,50 @@ class Log:
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def train_steps(
+    run: Run[Any],
+    config: TrainingConfig,
+    here: Processes,
+    *,
+    step: Callable[[], dict[str, float]],
+    validate: Callable[[], dict[str, float]],
+    keep: Callable[[], None],
+    progress: bool,
+    shown: str = "loss",
+    log_every: int = 50,
+    log_last: bool = False,
+) -> None:
+    """Runs a training to its end, with log, validations and checkpoints.
+
+    Args:
+        run: What is trained, resumed already.
+        config: How.
+        here: The processes of the run.
+        step: Makes one optimizer step and returns its figures.
+        validate: Scores the weights that are kept; in the main process only, unless the run is
+            spread over all of them.
+        keep: Writes them; likewise.
+        progress: Show a progress bar on stderr.
+        shown: The figure of a step that stands beside the progress bar.
+        log_every: Steps between logged figures; those of the first one are logged as well.
+        log_last: Log those of the last one, too.
+    """
+    acts = here.main or run.spread
+    with Log(config.out, run.step, config.steps, here, progress=progress) as log:
+        began = time.monotonic()
+        while run.step < config.steps:
+            figures = step()
+            log.advance(**{shown: figures[shown]})
+            now, last = run.step, run.step == config.steps
+            if now % log_every == 0 or now == 1 or (log_last and last):
+                log.write(now, "train", figures | {"seconds": time.monotonic() - began})
+            if acts and (now % config.validate_every == 0 or last):
+                scores = validate()
+                log.write(now, "validation", scores)
+                log.say(f"step {now}: {scores}")
+            if acts and (now % config.save_every == 0 or last):
+                keep()
+                run.save(config.out / CHECKPOINT)
+        here.wait()

@@ -370,7 +370,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
             watch = Watch(job.policy, config.chunks, **job.env_kwargs)
             opened.callback(watch.close)
         run = job.run
-        run.resume(config.out / "checkpoint.pt", here.device)
+        run.resume(config.out / "checkpoint.pt")
         log = Log(config.out, run.step, config.steps, here, progress=progress)
         opened.enter_context(log)
         if watch is not None and run.step == 0:

@@ -9,11 +9,10 @@ goes on to the same numbers.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import logging
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import wmgym
 from wmgym.data import FrameCache, WindowSampler, open_dataset
@@ -31,14 +29,16 @@ from wmgym.data.statistics import Statistics
 from wmgym.distributed import Processes, processes
 from wmgym.settings import check_numbers
 from wmgym.training import (
-    Log,
+    CHECKPOINT,
     Run,
+    TrainingConfig,
     adamw,
-    check_validation_states,
+    computing,
     fingerprints,
     seed_of,
     settings_of,
     split_caches,
+    train_steps,
     warmup_cosine,
 )
 from wmgym_agents.augment import random_view
@@ -48,16 +48,14 @@ from wmgym_agents.vla_adapter import VLAAdapterConfig, VLAAdapterEncoder
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
 PolicyRun = Run[FlowVLA]
 
 
-@dataclass(frozen=True)
-class SFTConfig:
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
     """How a policy is trained on demonstrations.
 
     Attributes:
-        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the policy in `policy/`.
         policy: Shape of the policy.
         init_from: Policy to go on from (shipped name or folder) instead of random weights; shape
@@ -65,53 +63,24 @@ class SFTConfig:
         pretrained: Whether the backbone of `vla-adapter` starts from the weights that DINOv2,
             SigLIP and Qwen2.5 were published with, downloaded where they are missing, instead of
             random ones. None: it does, where there is such a backbone and no `init_from`.
-        steps: Optimizer steps.
         batch_size: Observations per step, over all processes.
         draws: Flow times and noises per observation, which share its encoding.
-        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
-        warmup: Steps of linear warm-up.
-        weight_decay: Of AdamW, on matrices only.
-        clip: Largest norm of the gradient.
         ema: Decay of the moving average of the weights, which is what is kept.
-        validation_states: Initial states kept apart to watch progress.
         validation_windows: Observations in a validation.
-        validate_every: Steps between validations.
-        save_every: Steps between checkpoints.
         seed: Seed of weights, windows, noise and augmentation.
-        device: "auto", "cpu" or "cuda".
-        bfloat16: Matrix products in bfloat16.
     """
 
-    data: tuple[Path, ...]
-    out: Path
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    init_from: str | None = None
     pretrained: bool | None = None
     steps: int = 10_000
     batch_size: int = 64
     draws: int = 4
     learning_rate: float = 5e-4
-    warmup: int = 500
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    validation_states: tuple[int, ...] = (25,)
     validation_windows: int = 256
-    validate_every: int = 1000
-    save_every: int = 250
-    seed: int = 0
-    device: str = "auto"
-    bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data is empty: name at least one dataset folder")
-        check_numbers(self, ">= 1", "steps", "batch_size", "draws", "save_every")
-        check_numbers(self, ">= 1", "validate_every", "validation_windows")
-        check_numbers(self, ">= 0", "warmup", "weight_decay", "ema")
-        check_numbers(self, "> 0", "learning_rate", "clip")
-        if self.ema >= 1:
-            raise ValueError(f"ema={self.ema}: must be < 1, or the average never moves")
+        super().__post_init__()
+        check_numbers(self, ">= 1", "draws")
         if self.init_from is not None and self.policy not in SHAPES.values():
             raise ValueError(
                 f"init_from={self.init_from!r} brings a shape of its own: leave out policy.*"
@@ -122,7 +91,6 @@ class SFTConfig:
                 "pretrained=True: only the backbone of vla-adapter has published weights, and "
                 "init_from brings its own; leave one of them out"
             )
-        check_validation_states(self.validation_states)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -157,25 +125,6 @@ class Examples:
         )
 
 
-class _Objective(nn.Module):
-    """The loss as a module, so that gradients of several processes are averaged over it."""
-
-    def __init__(self, model: FlowVLA, draws: int) -> None:
-        super().__init__()
-        self.model, self.draws = model, draws
-
-    def forward(
-        self,
-        pixels: Tensor,
-        proprio: Tensor,
-        instruction: list[str],
-        actions: Tensor,
-        generators: list[torch.Generator],
-    ) -> Tensor:
-        seen = self.model.encode_pixels(pixels, proprio, instruction)
-        return self.model.flow_loss(seen, actions, generators, self.draws).mean()
-
-
 def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
     """A run before its first step."""
     with torch.random.fork_rng(devices=[]):
@@ -184,13 +133,10 @@ def new_run(config: SFTConfig, device: torch.device) -> PolicyRun:
             model = FlowVLA.from_pretrained(config.init_from)
         else:
             model = _new_model(config)
-        average = FlowVLA(model.config, model.statistics)
-    average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)
+    model.to(device).train()
+    average = copy.deepcopy(model).requires_grad_(False).eval()
     for module in (model.head.sigma_net, model.head.noise_head):
         module.requires_grad_(False)  # imitation says nothing about the noise
-    model.to(device).train()
-    average.to(device).eval()
     optimizer = adamw(model, config.learning_rate, config.weight_decay)
     settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
     return Run(model, average, optimizer, settings)
@@ -252,11 +198,11 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
         OSError: A file cannot be written.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    with processes(config.device) as here, contextlib.ExitStack() as opened:
+    with processes(config.device) as here:
         if here.main:
             logger.info("preparing policy and demonstrations")
-        run, checkpoint = new_run(config, here.device), config.out / CHECKPOINT
-        run.resume(checkpoint, here.device)
+        run = new_run(config, here.device)
+        run.resume(config.out / CHECKPOINT)
         encoder = run.model.config.encoder
         train_cache, validation_cache = split_caches(
             config.data,
@@ -267,34 +213,25 @@ def sft(config: SFTConfig, *, progress: bool = True) -> Path:
             progress=progress,
             accepts=usable,
         )
-        objective: nn.Module = _Objective(run.model, config.draws)
-        if here.size > 1:
-            objective = DistributedDataParallel(objective)
         chunk = run.model.config.head.chunk
         examples = Examples(train_cache, chunk, config.seed, here.device)
         held = Examples(validation_cache, chunk, config.seed, here.device)
-        log = Log(config.out, run.step, config.steps, here, progress=progress)
-        opened.enter_context(log)
-        began = time.monotonic()
-        while run.step < config.steps:
-            figures = _step(run, objective, examples, config, here)
-            log.advance(loss=figures["flow_loss"])
-            step, last = run.step, run.step == config.steps
-            if step % 50 == 0 or step == 1 or last:
-                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-            if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.kept, held, config)
-                log.write(step, "validation", scores)
-                log.say(f"step {step}: {scores}")
-            if here.main and (step % config.save_every == 0 or last):
-                _keep(config, run)
-                run.save(checkpoint)
-        here.wait()
+        train_steps(
+            run,
+            config,
+            here,
+            step=lambda: _step(run, examples, config, here),
+            validate=lambda: validate(run.average_or_model, held, config),
+            keep=lambda: _keep(config, run),
+            progress=progress,
+            shown="flow_loss",
+            log_last=True,
+        )
     return config.out / "policy"
 
 
 def _step(
-    run: PolicyRun, objective: nn.Module, examples: Examples, config: SFTConfig, here: Processes
+    run: PolicyRun, examples: Examples, config: SFTConfig, here: Processes
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
     if config.batch_size % here.size:
@@ -307,14 +244,11 @@ def _step(
     seeds = [seed_of(config.seed, run.step, place) for place in places]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pixels, proprio, instruction, actions = examples.gather(rows)
-    with (
-        torch.random.fork_rng(),  # dropout knows no other source
-        torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16),
-    ):
-        torch.manual_seed(seeds[0])
+    with computing(here.device, seeds[0], bfloat16=config.bfloat16):
         view = random_view(run.model.resized(pixels), generators)
-        loss = objective(view, proprio, instruction, actions, generators)
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
+        seen = run.model.encode_pixels(view, proprio, instruction)
+        loss = run.model.flow_loss(seen, actions, generators, config.draws).mean()
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, here=here)
     return {
         "flow_loss": float(here.mean(loss.detach())),
         "gradient_norm": float(norm),
@@ -323,8 +257,8 @@ def _step(
 
 
 def _keep(config: SFTConfig, run: PolicyRun) -> None:
-    run.kept.save_pretrained(
+    run.average_or_model.save_pretrained(
         config.out / "policy",
         version=wmgym.__version__,
-        training={**run.settings, "steps_done": run.step},
+        training=run.notes,
     )

@@ -186,22 +186,21 @@ def test_units_come_from_the_training_episodes(finished):
 # --- interruptions ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 7])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-    after, finished, tiny_dataset, tmp_path, monkeypatch
+def test_a_run_interrupted_before_its_first_checkpoint_starts_anew(
+    finished, tiny_dataset, tmp_path, monkeypatch
 ):
     step, calls = module._step, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) > after:
+        if len(calls) > 1:
             raise KeyboardInterrupt
         return step(*args)
 
     monkeypatch.setattr(module, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config(tiny_dataset, tmp_path), progress=False)
-    assert (tmp_path / "checkpoint.pt").exists() == (after >= 5)
+    assert not (tmp_path / "checkpoint.pt").exists()
     monkeypatch.setattr(module, "_step", step)
     train(config(tiny_dataset, tmp_path), progress=False)
     assert_same_runs(tmp_path, finished)
@@ -396,9 +395,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"save_every": 0}, "save_every"),
+        ({"steps": 0}, "steps=0: must be >= 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"save_every": 0}, "save_every=0"),
+        ({"validation_windows": 0}, "validation_windows=0: must be >= 1"),
+        ({"warmup": -1}, "warmup=-1: must be >= 0"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0: must be > 0"),
+        ({"ema": 2.0}, r"ema=2\.0: must be < 1"),
         ({"validation_states": (25, 41)}, r"\[41\]"),
     ],
 )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from wmgym.rewards.perceptual import LPIPS
@@ -45,8 +45,8 @@ class LossWeights:
     proprio: float = 0.05
 
 
-class Objective(nn.Module):
-    """The loss as a module, so that gradients of several processes are averaged over it.
+class Objective:
+    """The loss of a batch.
 
     Args:
         model: The network.
@@ -63,10 +63,9 @@ class Objective(nn.Module):
         lpips: LPIPS,
         mean: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__()
         self.model, self.weights, self.lpips, self.mean = model, weights, lpips, mean
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms, detached scalars by name."""
         tokenizer, last = self.model.tokenizer, batch.offsets[-1]
         count = len(batch.offsets)

@@ -12,17 +12,15 @@ look beyond it, at LPIPS in `wmgym.rewards`.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import wmgym
 from wmgym.checkpoints import model_folder
@@ -30,13 +28,14 @@ from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.training import (
-    Log,
+    CHECKPOINT,
     Run,
+    TrainingConfig,
     adamw,
-    check_validation_states,
     fingerprints,
     settings_of,
     split_caches,
+    train_steps,
     warmup_cosine,
 )
 from wmgym.worlds.batches import Windows, go_on
@@ -50,64 +49,33 @@ from wmgym.worlds.objective import LossWeights, Objective
 WorldRun = Run[LatentWorldModel]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingConfig):
     """How a world is trained.
 
     Attributes:
-        data: Folders of LeRobot v3 or RLDS datasets.
         out: Folder of the run: checkpoints, log, and the world in `world/`.
         world: Shape of the network.
         init_from: World to go on from (shipped name or folder) instead of random weights; its shape
             replaces `world`.
-        steps: Optimizer steps.
         batch_size: Windows per step, over all processes.
-        learning_rate: Peak of the schedule: linear warm-up, cosine decay to 2 %.
-        warmup: Steps of linear warm-up.
-        weight_decay: Of AdamW, on matrices only.
-        clip: Largest norm of the gradient.
-        ema: Decay of the moving average of the weights.
         loss: Weights of the loss.
         lead: Most chunks that the network imagines itself before the one it is trained on, so that
             it learns to go on from its own frames. Grows from 0 over the first half of the run.
-        validation_states: Initial states kept apart to watch progress.
-        validation_windows: Windows in a validation.
-        validate_every: Steps between validations.
-        save_every: Steps between checkpoints.
         seed: Seed of the weights and of the windows.
-        device: "auto", "cpu" or "cuda".
-        bfloat16: Matrix products in bfloat16.
     """
 
-    data: tuple[Path, ...]
-    out: Path
     world: LatentWorldConfig = field(default_factory=LatentWorldConfig)
-    init_from: str | None = None
     steps: int = 20_000
     batch_size: int = 16
     learning_rate: float = 6e-4
-    warmup: int = 500
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
     loss: LossWeights = field(default_factory=LossWeights)
     lead: int = 3
-    validation_states: tuple[int, ...] = (25,)
-    validation_windows: int = 64
-    validate_every: int = 1000
-    save_every: int = 250
-    seed: int = 0
-    device: str = "auto"
-    bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data is empty: name at least one dataset folder")
-        if min(self.steps, self.batch_size, self.save_every, self.validate_every) < 1:
-            raise ValueError("steps, batch_size, save_every and validate_every must be >= 1")
+        super().__post_init__()
         if self.lead < 0:
             raise ValueError(f"lead={self.lead}: allowed are integers >= 0")
-        check_validation_states(self.validation_states)
 
 
 def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> WorldRun:
@@ -119,11 +87,8 @@ def new_run(config: TrainConfig, cache: FrameCache, device: torch.device) -> Wor
         else:
             model = LatentWorldModel(config.world)
             _fit_scales(model, cache)
-        average = LatentWorldModel(model.config)
-    average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)
     model.to(device)
-    average.to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw(model, config.learning_rate, config.weight_decay)
     settings = settings_of(config) | {"data_fingerprints": fingerprints(config.data)}
     return Run(model, average, optimizer, settings)
@@ -198,7 +163,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         shape = read_shape(model_folder("world", config.init_from))
         config = dataclasses.replace(config, world=shape)
     config.out.mkdir(parents=True, exist_ok=True)
-    with processes(config.device) as here, contextlib.ExitStack() as opened:
+    with processes(config.device) as here:
         train_cache, validation_cache = split_caches(
             config.data,
             config.out / "cache",
@@ -208,57 +173,50 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             progress=progress,
         )
         run = new_run(config, train_cache, here.device)
-        checkpoint = config.out / "checkpoint.pt"
-        run.resume(checkpoint, here.device)
+        run.resume(config.out / CHECKPOINT)
         lpips = LPIPS(dtype=torch.bfloat16 if config.bfloat16 else torch.float32).to(here.device)
-        objective: nn.Module = Objective(run.model, config.loss, lpips, here.mean)
-        if here.size > 1:
-            # All buffers are frozen, those of LPIPS are large.
-            objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = Objective(run.model, config.loss, lpips, here.mean)
         horizon = run.model.config.dynamics.horizon
         windows = Windows(train_cache, horizon, config.seed, here.device, config.lead)
         held = Windows(validation_cache, horizon, config.seed, here.device, config.lead)
-        log = Log(config.out, run.step, config.steps, here, progress=progress)
-        opened.enter_context(log)
-        began = time.monotonic()
-        while run.step < config.steps:
-            figures = _step(run, objective, windows, config, here)
-            log.advance(l1=figures["imagined_l1"])
-            step = run.step
-            if step % 50 == 0 or step == 1:
-                log.write(step, "train", figures | {"seconds": time.monotonic() - began})
-            last = step == config.steps
-            if here.main and (step % config.validate_every == 0 or last):
-                scores = validate(run.kept, held, lpips, config)
-                log.write(step, "validation", scores)
-                log.say(f"step {step}: {scores}")
-                world = LatentWorld(run.kept, name=config.out.name, device=here.device)
-                film(world, validation_cache, config.out / f"imagined-{step:06d}.mp4")
-            if here.main and (step % config.save_every == 0 or last):
-                _keep(config, run)
-                run.save(checkpoint)
-        here.wait()
+
+        def watch() -> dict[str, float]:
+            scores = validate(run.average_or_model, held, lpips, config)
+            world = LatentWorld(run.average_or_model, name=config.out.name, device=here.device)
+            film(world, validation_cache, config.out / f"imagined-{run.step:06d}.mp4")
+            return scores
+
+        train_steps(
+            run,
+            config,
+            here,
+            step=lambda: _step(run, objective, windows, config, here),
+            validate=watch,
+            keep=lambda: _keep(config, run),
+            progress=progress,
+            shown="imagined_l1",
+        )
     return config.out / "world"
 
 
 def _keep(config: TrainConfig, run: WorldRun) -> None:
     save_world(
         config.out / "world",
-        run.kept,
+        run.average_or_model,
         version=wmgym.__version__,
-        training={**run.settings, "steps_done": run.step},
+        training=run.notes,
     )
 
 
 def _step(
-    run: WorldRun, objective: nn.Module, windows: Windows, config: TrainConfig, here: Processes
+    run: WorldRun, objective: Objective, windows: Windows, config: TrainConfig, here: Processes
 ) -> dict[str, float]:
     """One optimizer step; returns the figures of the batch."""
     rate = warmup_cosine(run.step, config.steps, config.learning_rate, config.warmup)
     lead = round(config.lead * min(1.0, 2 * run.step / config.steps))
     batch = windows.batch(run.step, config.batch_size, here, lead=lead)
     with torch.autocast(here.device.type, torch.bfloat16, enabled=config.bfloat16):
-        loss, terms = objective(go_on(run.kept, batch))
-    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema)
+        loss, terms = objective(go_on(run.average_or_model, batch))
+    norm = run.descend(loss, rate, clip=config.clip, ema=config.ema, here=here)
     figures = {name: float(here.mean(term)) for name, term in terms.items()}
     return figures | {"gradient_norm": float(norm), "learning_rate": rate}

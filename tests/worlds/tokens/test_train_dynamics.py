@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -140,6 +141,32 @@ def test_tokens_are_kept_on_disk_where_they_never_change(finished, tokenizer, tm
     looked = WindowTokens(varied, frozen, ActionTokens(), tmp_path)
     assert not torch.equal(looked.sequences([3], [7]), looked.sequences([3], [8]))
     assert torch.equal(looked.sequences([0]), expected[1:2])
+
+
+def test_room_is_taken_only_for_tokens_that_never_change(
+    finished, tiny_dataset, tokenizer, tmp_path
+):
+    def parts(out):
+        return sorted(file.parent.name for file in (out / "cache").glob("*/tokens-*.u16"))
+
+    assert parts(finished) == ["validation"]
+    config = dynamics_training(tiny_dataset, tmp_path, tokenizer, steps=1, augment=False)
+    train_dynamics(config, progress=False)
+    assert parts(tmp_path) == ["train", "validation"]
+
+
+def test_tokens_are_kept_where_room_cannot_be_taken(finished, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    frozen = CompressiveTokenizer.from_pretrained(tokenizer)
+    clips = Clips(FrameCache.open(finished / "cache" / "train"), 3, 0, CPU)
+    expected = WindowTokens(clips, frozen, ActionTokens(), tmp_path).sequences([3])
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    assert len(before) == 2 * len(clips) * 76
+    assert torch.equal(
+        WindowTokens(clips, frozen, ActionTokens(), tmp_path).sequences([3]), expected
+    )
+    assert file.read_bytes() == before
 
 
 def test_a_disk_without_room_for_the_tokens_is_an_error(finished, tokenizer, tmp_path):

@@ -141,12 +141,12 @@ def test_calls_of_the_discriminator_change_nothing_and_settling_does():
     assert first.shape == (2, 1, 2, 2)
     assert torch.equal(judge(pictures), first)
     for _ in range(50):
-        judge.settle()
+        judge.update_spectral_norms()
     before = judge.tower[0].weight.detach().clone()
     with torch.no_grad():
         judge.tower[0].parametrizations.weight.original.mul_(3)
     for _ in range(50):
-        judge.settle()
+        judge.update_spectral_norms()
     torch.testing.assert_close(judge.tower[0].weight, before, atol=2e-3, rtol=0)
     norm = torch.linalg.matrix_norm(judge.tower[0].weight.flatten(1), 2)
     assert norm.item() == pytest.approx(1, abs=0.01)

@@ -5,8 +5,8 @@ with instance norm and leaky ReLU, then one logit for every patch of the picture
 of Paella (Rampas et al., arXiv 2211.07292).
 
 Departures: logits are not squashed into (0, 1), where the hinge loss would have no corner to reach;
-and spectral norms are estimated once an optimizer step (`settle`), not at every call, so that the
-number of calls, and with it the number of processes, changes nothing.
+and spectral norms are estimated once an optimizer step (`update_spectral_norms`), not at every
+call, so that the number of calls, and with it the number of processes, changes nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Discriminator(nn.Module):
         return self.head(self.tower(pictures))
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def update_spectral_norms(self) -> None:
         """Improves the estimates of the spectral norms by one power iteration."""
         self.train()
         for layer in self.tower:

@@ -9,10 +9,8 @@ then averaged over the processes, once a step.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,73 +24,44 @@ from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.files import write_text
 from wmgym.settings import check_numbers
-from wmgym.training import Log, Run, check_validation_states, seed_of, split_caches
+from wmgym.training import Run, TrainingConfig, seed_of, split_caches
 from wmgym.worlds.tokens.clips import Clips
-from wmgym.worlds.tokens.sharding import ShardedRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(TrainingConfig):
     """How a part of the published world is trained.
 
     Attributes:
-        data: Folders of LeRobot v3 or RLDS datasets.
-        out: Folder of the run: checkpoints, log, and the result.
         init_from: Folder, or id on the hub, of weights to go on from; their shape replaces the one
             given.
-        steps: Optimizer steps.
         batch_size: Clips per step, over all processes.
         micro_batch: Clips that are computed at once.
         learning_rate: Peak of the schedule, after a linear warm-up.
-        warmup: Steps of linear warm-up.
-        weight_decay: Of AdamW, on matrices only.
         betas: Of AdamW.
-        clip: Largest norm of the gradient.
         ema: Decay of a moving average of the weights, which is then what is kept; 0 for none.
         frames: Frames f0 ... fT of a clip beside its context frame.
         context_lead: Most steps that the context frame comes before f0; 0 makes it f0.
         augment: Whether clips are cropped and coloured at random.
-        validation_states: Initial states kept apart to watch progress.
-        validation_windows: Windows in a validation.
-        validate_every: Steps between validations.
-        save_every: Steps between checkpoints.
         log_every: Steps between logged figures.
         seed: Seed of weights, windows, augmentation and dropout.
-        device: "auto", "cpu" or "cuda".
-        bfloat16: Matrix products in bfloat16.
     """
 
-    data: tuple[Path, ...]
-    out: Path
-    init_from: str | None = None
-    steps: int
-    batch_size: int
     micro_batch: int
-    learning_rate: float
     warmup: int = 5000
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
     ema: float = 0.0
     frames: int
     context_lead: int
     augment: bool = True
-    validation_states: tuple[int, ...] = (25,)
-    validation_windows: int = 64
     validate_every: int = 5000
     save_every: int = 1000
     log_every: int = 50
-    seed: int = 0
-    device: str = "auto"
-    bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data is empty: name at least one dataset folder")
-        check_numbers(self, ">= 1", "steps", "batch_size", "micro_batch", "validation_windows")
-        check_numbers(self, ">= 1", "validate_every", "save_every", "log_every")
-        check_numbers(self, ">= 0", "warmup", "weight_decay")
-        check_numbers(self, "> 0", "learning_rate", "clip")
+        super().__post_init__()
+        check_numbers(self, ">= 1", "micro_batch", "log_every")
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch={self.micro_batch}"
@@ -101,9 +70,6 @@ class Recipe:
             raise ValueError(
                 f"frames={self.frames}, context_lead={self.context_lead}: must be >= 2 and >= 0"
             )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema}: allowed are 0 (none) and decays below 1")
-        check_validation_states(self.validation_states)
 
 
 def open_clips(
@@ -170,18 +136,6 @@ def micro_batches(recipe: Recipe, clips: Clips, step: int, here: Processes) -> l
     ]
 
 
-@contextlib.contextmanager
-def computing(recipe: Recipe, seed: int, device: torch.device) -> Iterator[None]:
-    """Autocast as the recipe says, and dropout, which knows no other source, of a seed."""
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16),
-    ):
-        torch.manual_seed(seed)
-        yield
-
-
 class Means:
     """Figures of the micro-batches of a step, and their means over all processes."""
 
@@ -202,48 +156,7 @@ class Means:
         return {n: round(float(torch.stack(v).mean()), 5) for n, v in self._values.items()}
 
 
-def train_steps(
-    run: Run[Any],
-    recipe: Recipe,
-    here: Processes,
-    *,
-    step: Callable[[], dict[str, float]],
-    validate: Callable[[], dict[str, float]],
-    keep: Callable[[], None],
-    progress: bool,
-) -> None:
-    """Runs a training to its end, with log, validations and checkpoints.
-
-    Args:
-        run: What is trained, resumed already.
-        recipe: How.
-        here: The processes of the run.
-        step: Makes one optimizer step and returns its figures, "loss" among them.
-        validate: Scores the weights that are kept; in the main process only, unless weights are
-            spread over all of them.
-        keep: Writes them; likewise.
-        progress: Show a progress bar on stderr.
-    """
-    began = time.monotonic()
-    acts = here.main or isinstance(run, ShardedRun)
-    with Log(recipe.out, run.step, recipe.steps, here, progress=progress) as log:
-        while run.step < recipe.steps:
-            figures = step()
-            log.advance(loss=figures["loss"])
-            now, last = run.step, run.step == recipe.steps
-            if now % recipe.log_every == 0 or now == 1:
-                log.write(now, "train", figures | {"seconds": time.monotonic() - began})
-            if acts and (now % recipe.validate_every == 0 or last):
-                scores = validate()
-                log.write(now, "validation", scores)
-                log.say(f"step {now}: {scores}")
-            if acts and (now % recipe.save_every == 0 or last):
-                keep()
-                run.save(recipe.out / "checkpoint.pt")
-        here.wait()
-
-
 def write_notes(folder: Path, run: Run[Any]) -> None:
     """Writes what made the weights in a folder beside them, as `training.json`."""
-    notes = {"wmgym": wmgym.__version__, "steps_done": run.step, **run.settings}
+    notes = {"wmgym": wmgym.__version__, **run.notes}
     write_text(folder / "training.json", json.dumps(notes, indent=2) + "\n")

@@ -75,6 +75,8 @@ def gathered(model: ModelT, empty: ModelT) -> ModelT:
 class ShardedRun(Run[ModelT]):
     """A run whose weights are sharded, without average; all processes call its methods together."""
 
+    spread = True
+
     def save(self, path: Path) -> None:
         """As `Run.save`; the main process writes."""
         state = self.state()

@@ -28,7 +28,16 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.settings import described
-from wmgym.training import Run, adamw, fingerprints, settings_of, warmup_constant
+from wmgym.training import (
+    CHECKPOINT,
+    Run,
+    adamw,
+    computing,
+    fingerprints,
+    settings_of,
+    train_steps,
+    warmup_constant,
+)
 from wmgym.worlds.tokens.action_tokens import (
     PUBLISHED_RANGES,
     ActionSpace,
@@ -41,10 +50,8 @@ from wmgym.worlds.tokens.objective import accuracy, cross_entropy, predictions
 from wmgym.worlds.tokens.recipe import (
     Means,
     Recipe,
-    computing,
     micro_batches,
     open_clips,
-    train_steps,
     write_notes,
 )
 from wmgym.worlds.tokens.sharding import ShardedRun, empty_like, gathered, reshard, shard
@@ -189,25 +196,25 @@ class DynamicsTrainer:
         def losses() -> Iterator[Tensor]:
             for part in mine:
                 told = self.tokens.sequences(part.rows, part.seeds)
-                with computing(config, part.seeds[0], self.here.device):
+                with computing(self.here.device, part.seeds[0], bfloat16=config.bfloat16):
                     logits, targets = predictions(run.model, self.vocabulary, told)
                 loss = cross_entropy(logits, targets).mean()
                 means.add({"loss": loss, "accuracy": accuracy(logits, targets).mean()})
                 yield loss / len(mine)
 
         rate = warmup_constant(run.step, config.learning_rate, config.warmup)
-        mean = None if self.sharded else self.here.mean
-        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, mean=mean)
+        here = None if self.sharded else self.here
+        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, here=here)
         return means.over(self.here) | {"gradient_norm": float(norm), "learning_rate": rate}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and accuracy on held-out windows, beside copying the token of the frame before."""
-        model, frame = self.run.kept.eval(), self.vocabulary.frame
+        model, frame = self.run.average_or_model.eval(), self.vocabulary.frame
         means = Means()
         for row in self.held.clips.spread(self.config.validation_windows):
             told = self.held.sequences([row])
-            with computing(self.config, 0, self.here.device):
+            with computing(self.here.device, 0, bfloat16=self.config.bfloat16):
                 logits, targets = predictions(model, self.vocabulary, told)
             places = self.vocabulary.predicted(told.shape[1]).to(told.device).nonzero()[:, 0]
             means.add(
@@ -224,7 +231,7 @@ class DynamicsTrainer:
 
     def keep(self) -> None:
         """Writes the world: dynamics, how actions become tokens, and the tokenizer."""
-        folder, kept = self.config.out / "world", self.run.kept
+        folder, kept = self.config.out / "world", self.run.average_or_model
         if self.sharded:
             kept = gathered(kept, empty_like(kept))
         if not self.here.main:
@@ -287,13 +294,14 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
         clips = open_clips(config, tokenizer.config.resolution, here, progress=progress)
         actions = _actions(config, actions, clips[0].cache.actions)
         config = dataclasses.replace(config, action_space=actions.action_space)
-        kept = [config.out / "cache" / name for name in ("train", "validation")]
-        tokens = [
+        cache = config.out / "cache"
+        kept = (None if clips[0].varied else cache / "train", cache / "validation")
+        training, held = (
             WindowTokens(part, tokenizer, actions, folder, bfloat16=config.bfloat16)
             for part, folder in zip(clips, kept, strict=True)
-        ]
-        trainer = DynamicsTrainer(config, model, (tokens[0], tokens[1]), here)
-        trainer.run.resume(config.out / "checkpoint.pt", here.device)
+        )
+        trainer = DynamicsTrainer(config, model, (training, held), here)
+        trainer.run.resume(config.out / CHECKPOINT)
         train_steps(
             trainer.run,
             config,
@@ -302,5 +310,6 @@ def train_dynamics(config: DynamicsTraining, *, progress: bool = True) -> Path:
             validate=trainer.validate,
             keep=trainer.keep,
             progress=progress,
+            log_every=config.log_every,
         )
     return config.out / "world"

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import Run, adamw, descend, fingerprints, settings_of, warmup_cosine
+from wmgym.training import (
+    CHECKPOINT,
+    Run,
+    adamw,
+    computing,
+    descend,
+    fingerprints,
+    settings_of,
+    train_steps,
+    warmup_cosine,
+)
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.tokens.clips import Clips
@@ -40,10 +50,8 @@ from wmgym.worlds.tokens.objective import (
 from wmgym.worlds.tokens.recipe import (
     Means,
     Recipe,
-    computing,
     micro_batches,
     open_clips,
-    train_steps,
     write_notes,
 )
 
@@ -114,7 +122,7 @@ class TokenizerTrainer:
     Attributes:
         run: The run.
         discriminator: What plays against the tokenizer.
-        opposition: Its optimizer.
+        discriminator_optimizer: Its optimizer.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class TokenizerTrainer:
             self.discriminator = Discriminator(config.discriminator, model.config.resolution)
         model.to(here.device).train()
         self.discriminator.to(here.device)
-        self.opposition = adamw(
+        self.discriminator_optimizer = adamw(
             self.discriminator, config.discriminator_rate, config.weight_decay, config.betas
         )
         self.run = Run(
@@ -139,7 +147,10 @@ class TokenizerTrainer:
             copy.deepcopy(model).requires_grad_(False) if config.ema else None,
             adamw(model, config.learning_rate, config.weight_decay, config.betas),
             settings_of(config) | {"data_fingerprints": fingerprints(config.data)},
-            beside={"discriminator": self.discriminator, "opposition": self.opposition},
+            extra_state={
+                "discriminator": self.discriminator,
+                "opposition": self.discriminator_optimizer,  # its name in checkpoints
+            },
         )
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.lpips = LPIPS(config.lpips, dtype=dtype, micro_batch=1 + config.frames)
@@ -156,7 +167,7 @@ class TokenizerTrainer:
         def losses() -> Iterator[Tensor]:
             for part in mine:
                 real = self.clips.pictures(part.rows, part.seeds)
-                with computing(config, part.seeds[0], self.here.device):
+                with computing(self.here.device, part.seeds[0], bfloat16=config.bfloat16):
                     drawn = run.model.reconstruct(real).float()
                 terms = picture_terms(drawn, real, self.lpips)
                 loss = (
@@ -185,19 +196,18 @@ class TokenizerTrainer:
                 yield (terms["discriminator"] + config.penalty * terms["penalty"]) / len(mine)
 
         rate = config.learning_rate * shape
-        mean = self.here.mean
-        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, mean=mean)
+        norm = run.descend(losses(), rate, clip=config.clip, ema=config.ema, here=self.here)
         if plays:
             descend(
-                self.opposition,
+                self.discriminator_optimizer,
                 list(self.discriminator.parameters()),
                 opposing(),
                 config.discriminator_rate * shape,
                 clip=config.clip,
                 step=run.step,
-                mean=mean,
+                here=self.here,
             )
-            self.discriminator.settle()
+            self.discriminator.update_spectral_norms()
         return means.over(self.here) | {"gradient_norm": float(norm), "learning_rate": rate}
 
     @torch.no_grad()
@@ -207,11 +217,11 @@ class TokenizerTrainer:
         The context frame is f0; `psnr` is of the frames after it, `codes` counts different dynamics
         tokens.
         """
-        model = self.run.kept.eval()
+        model = self.run.average_or_model.eval()
         means, codes = Means(), set()
         for row in self.held.spread(self.config.validation_windows):
             real = self.held.pictures([row])
-            with computing(self.config, 0, self.here.device):
+            with computing(self.here.device, 0, bfloat16=self.config.bfloat16):
                 context, later = model.encode(real)
                 drawn = model.decode(context, later).float().clamp(0, 1)
             codes.update(later.unique().tolist())
@@ -223,7 +233,7 @@ class TokenizerTrainer:
     def keep(self) -> None:
         """Writes the tokenizer."""
         folder = self.config.out / "tokenizer"
-        self.run.kept.save_pretrained(folder)
+        self.run.average_or_model.save_pretrained(folder)
         write_notes(folder, self.run)
 
 
@@ -255,7 +265,7 @@ def train_tokenizer(config: TokenizerTraining, *, progress: bool = True) -> Path
     with processes(config.device) as here:
         clips = open_clips(config, config.tokenizer.resolution, here, progress=progress)
         trainer = TokenizerTrainer(config, model, clips, here)
-        trainer.run.resume(config.out / "checkpoint.pt", here.device)
+        trainer.run.resume(config.out / CHECKPOINT)
         train_steps(
             trainer.run,
             config,
@@ -264,5 +274,6 @@ def train_tokenizer(config: TokenizerTraining, *, progress: bool = True) -> Path
             validate=trainer.validate,
             keep=trainer.keep,
             progress=progress,
+            log_every=config.log_every,
         )
     return config.out / "tokenizer"

@@ -91,11 +91,17 @@ class WindowTokens:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Takes the room of a file: a full disk would kill who writes through a memory map."""
+    """Takes the room of a file: a full disk would kill who writes through a memory map.
+
+    On macOS the file only gets its length.
+    """
     path.touch()
     try:
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
     except OSError as error:
         path.unlink()
         reason = f"{error.strerror}; the tokens of all windows take {size} bytes"
