@@ -126,7 +126,7 @@ def test_timing_adds_up_and_leaves_no_trace():
 def test_memory_is_watched_until_the_block_ends():
     threads = threading.active_count()
     with peak_memory(torch.device("cpu")) as peak:
-        kept = torch.zeros(2**25)
+        kept = torch.ones(2**26)
         time.sleep(0.1)
     assert peak() > 0.1
     del kept

@@ -11,8 +11,8 @@ from torch import nn
 
 from wmgym.checkpoints import save_tensors
 from wmgym.files import complete, write_text
+from wmgym.run import Run
 from wmgym.settings import described, function_of
-from wmgym.training import Run
 
 
 @pytest.fixture

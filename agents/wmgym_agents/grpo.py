@@ -48,10 +48,12 @@ from torch import Tensor, nn
 import wmgym
 from wmgym.distributed import Processes, processes
 from wmgym.envs.vector import WorldModelVectorEnv
+from wmgym.log import Log
+from wmgym.run import Run, check_finite, settings_of
 from wmgym.settings import described, function_of
 from wmgym.spaces import ACTION_DIM
 from wmgym.timing import Timer
-from wmgym.training import Log, Run, check_finite, seed_of, settings_of
+from wmgym.training import seed_of
 from wmgym_agents.acting import digest
 from wmgym_agents.chain import Chain
 from wmgym_agents.grpo_config import PRESETS, GRPOConfig, Preset
@@ -332,8 +334,8 @@ class GRPO:
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint and the policy into the folder of the run."""
-        done = {**self.run.settings, "steps_done": self.run.step}
-        self.policy.save_pretrained(folder / "policy", version=wmgym.__version__, training=done)
+        notes, version = self.run.notes, wmgym.__version__
+        self.policy.save_pretrained(folder / "policy", version=version, training=notes)
         self.run.save(folder / "checkpoint.pt")
 
     def close(self) -> None:

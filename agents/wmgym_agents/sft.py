@@ -27,16 +27,13 @@ from wmgym.data import FrameCache, WindowSampler, open_dataset
 from wmgym.data.episodes import EpisodeInfo
 from wmgym.data.statistics import Statistics
 from wmgym.distributed import Processes, processes
+from wmgym.run import CHECKPOINT, Run, adamw, settings_of
 from wmgym.settings import check_numbers
 from wmgym.training import (
-    CHECKPOINT,
-    Run,
     TrainingConfig,
-    adamw,
     computing,
     fingerprints,
     seed_of,
-    settings_of,
     split_caches,
     train_steps,
     warmup_cosine,

@@ -166,7 +166,7 @@ def test_tensorboard_leaves_tensorflow_alone(tmp_path):
     """TensorFlow's LLVM crashes software rendering of the simulator in the same process."""
     script = (
         "import sys; from pathlib import Path; from wmgym.distributed import processes\n"
-        "from wmgym.training import Log\n"
+        "from wmgym.log import Log\n"
         "out = Path(sys.argv[1])\n"
         "with processes('cpu') as here, Log(out, 0, 1, here, progress=False) as log:\n"
         "    log.write(1, 'train', {'loss': 1.0})\n"

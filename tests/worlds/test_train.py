@@ -15,8 +15,10 @@ from train_tiny import STEPS, config
 from wmgym.checkpoints import CheckpointError, read_config
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
+from wmgym.log import Log
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import Log, update_average, warmup_cosine
+from wmgym.run import update_average
+from wmgym.training import warmup_cosine
 from wmgym.worlds import train as module
 from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import FAMILY, load_model, save_world

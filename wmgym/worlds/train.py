@@ -27,17 +27,8 @@ from wmgym.checkpoints import model_folder
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import (
-    CHECKPOINT,
-    Run,
-    TrainingConfig,
-    adamw,
-    fingerprints,
-    settings_of,
-    split_caches,
-    train_steps,
-    warmup_cosine,
-)
+from wmgym.run import CHECKPOINT, Run, adamw, settings_of
+from wmgym.training import TrainingConfig, fingerprints, split_caches, train_steps, warmup_cosine
 from wmgym.worlds.batches import Windows, go_on
 from wmgym.worlds.checkpoints import load_model, read_shape, save_world
 from wmgym.worlds.evaluate import MAX_PSNR

@@ -13,7 +13,7 @@ from torch import nn
 
 from wmgym.data import FrameCache
 from wmgym.data.episodes import EpisodeInfo
-from wmgym.training import descend
+from wmgym.run import descend
 from wmgym.worlds.tokens.augment import random_view
 from wmgym.worlds.tokens.clips import Clips
 from wmgym.worlds.tokens.discriminator import Discriminator, DiscriminatorConfig

@@ -23,8 +23,9 @@ import wmgym
 from wmgym.data import FrameCache
 from wmgym.distributed import Processes
 from wmgym.files import write_text
+from wmgym.run import Run
 from wmgym.settings import check_numbers
-from wmgym.training import Run, TrainingConfig, seed_of, split_caches
+from wmgym.training import TrainingConfig, seed_of, split_caches
 from wmgym.worlds.tokens.clips import Clips
 
 

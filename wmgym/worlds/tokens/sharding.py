@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from wmgym.distributed import Processes
-from wmgym.training import ModelT, Run, write_state
+from wmgym.run import ModelT, Run, write_state
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -27,17 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.distributed import Processes, processes
+from wmgym.run import CHECKPOINT, Run, adamw, settings_of
 from wmgym.settings import described
-from wmgym.training import (
-    CHECKPOINT,
-    Run,
-    adamw,
-    computing,
-    fingerprints,
-    settings_of,
-    train_steps,
-    warmup_constant,
-)
+from wmgym.training import computing, fingerprints, train_steps, warmup_constant
 from wmgym.worlds.tokens.action_tokens import (
     PUBLISHED_RANGES,
     ActionSpace,

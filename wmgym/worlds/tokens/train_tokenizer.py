@@ -25,17 +25,8 @@ from torch import Tensor
 
 from wmgym.distributed import Processes, processes
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.training import (
-    CHECKPOINT,
-    Run,
-    adamw,
-    computing,
-    descend,
-    fingerprints,
-    settings_of,
-    train_steps,
-    warmup_cosine,
-)
+from wmgym.run import CHECKPOINT, Run, adamw, descend, settings_of
+from wmgym.training import computing, fingerprints, train_steps, warmup_cosine
 from wmgym.worlds.evaluate import MAX_PSNR
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.tokens.clips import Clips
