@@ -61,7 +61,7 @@ def main(args: Args, **env_kwargs: Any) -> dict[str, dict[str, dict[str, float]]
     Returns:
         By policy and temperature: `fast`, `slow` and `gripper`, mean absolute errors of the
         translation in chunks of that kind; `late`, the share of gripper commands that are wrong
-        where it changes; and `R3`.
+        where it changes; `R3`; and how many chunks are of each kind, `fast_chunks` and so on.
     """
     envs: Any = gym.make_vec(
         "WorldModel-LIBERO-v0",
@@ -91,7 +91,7 @@ def main(args: Args, **env_kwargs: Any) -> dict[str, dict[str, dict[str, float]]
             row = errors(np.asarray(chunks), info["reference_action"])
             row["R3"] = float(np.mean(rewards))
             figures[told][f"temperature {temperature:g}"] = row
-            cells = "  ".join(f"{key} {value:.4f}" for key, value in row.items())
+            cells = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
             print(f"{told}, temperature {temperature:g}: {cells}", flush=True)
     envs.close()
     if args.out is not None:
@@ -108,12 +108,10 @@ def errors(chunks: NDArray[np.float32], recorded: NDArray[np.float32]) -> dict[s
     changes = (np.diff(recorded[..., 6], axis=1) != 0).any(axis=1)
     slow = np.abs(recorded[..., :3]).mean(axis=(1, 2)) < SLOW
     late = np.sign(chunks[..., 6]) != np.sign(recorded[..., 6])
-    return {
-        "fast": float(wrong[~slow & ~changes].mean()),
-        "slow": float(wrong[slow & ~changes].mean()),
-        "gripper": float(wrong[changes].mean()),
-        "late": float(late[changes].mean()),
-    }
+    kinds = {"fast": ~slow & ~changes, "slow": slow & ~changes, "gripper": changes}
+    figures = {name: float(wrong[kind].mean()) for name, kind in kinds.items()}
+    figures["late"] = float(late[changes].mean())
+    return figures | {f"{name}_chunks": int(kind.sum()) for name, kind in kinds.items()}
 
 
 if __name__ == "__main__":

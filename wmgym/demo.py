@@ -3,7 +3,8 @@
 On the shipped world and the shipped demonstrations, without a simulator: the reference actions,
 noisy ones and random ones run side by side in one batch of imagined environments; a table shows R1,
 R2 and R3 of each, and a video of each shows what was imagined. Then the shipped policy is trained
-in the shipped world for a few steps of GRPO, and filmed before and after.
+in the shipped world for a few steps of GRPO, from a few moments that it learns by heart, and filmed
+before and after.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import wmgym  # noqa: F401 - registers the environments
+from wmgym.data.episodes import EpisodeInfo
 from wmgym.recording import noisy_reference_policy, record_rollout, reference_policy
 
 NOISE = (0.1, 0.3, 1.0)
 RANDOM = "random actions"
 REFERENCE = "reference actions"
+MOMENTS = 8
+"""Starts of the fine-tuning: few, so that a few steps are seen to teach."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,14 @@ def chunks(reference: NDArray[np.float32], rng: np.random.Generator) -> NDArray[
     return actions
 
 
+def moment(rng: np.random.Generator, episodes: Sequence[EpisodeInfo]) -> tuple[int, int]:
+    """One of a few starts: a third into one of the first episodes."""
+    episode = episodes[int(rng.integers(min(MOMENTS, len(episodes))))]
+    return episode.episode_id, episode.length // 3
+
+
 def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
-    """A few steps of GRPO: the reward from the same starts, and films of the same starts."""
+    """A few steps of GRPO from a few moments: the reward at them, and films of them."""
     from wmgym_agents.grpo import PRESETS, GRPOConfig, grpo
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,9 +152,9 @@ def _fine_tune(config: DemoConfig, say: Callable[[str], None]) -> None:
         )
         say(
             f"GRPO on {config.policy}: {config.steps} steps of {settings.starts} starts x "
-            f"{settings.members} members"
+            f"{settings.members} members, at {MOMENTS} moments of held-out demonstrations"
         )
-        grpo(settings)
+        grpo(settings, starts=moment, split="held_out")
         entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         for entry in entries:
             if entry["group"] == "watch":

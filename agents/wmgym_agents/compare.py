@@ -140,15 +140,15 @@ def cells(figures: dict[str, Any]) -> list[list[str]]:
         row for settings in suites.values() for arms in settings.values() for row in arms.values()
     ]
     controlled = any("gain_over_control" in row for row in every)
-    head = ["suite", "starts", "arm", "success", "95 %", "gain", "95 %", "p"]
+    head = ["suite", "setting", "arm", "episodes", "success", "95 %", "gain", "95 %", "p"]
     lines = [head + ["over the control", "95 %", "p"] * controlled]
     for suite, settings in suites.items():
         for setting, arms in settings.items():
             for arm, row in arms.items():
                 share = 100 * row["successes"] / row["episodes"]
                 low, high = (100 * bound for bound in row["interval"])
-                line = [suite, setting, arm, f"{share:.1f} %", f"{low:.1f} ... {high:.1f}"]
-                line += _gain(row)
+                line = [suite, setting, arm, f"{row['episodes']}"]
+                line += [f"{share:.1f} %", f"{low:.1f} ... {high:.1f}", *_gain(row)]
                 if controlled:
                     line += _gain(row.get("gain_over_control", {}))
                 lines.append(line)

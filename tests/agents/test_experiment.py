@@ -91,8 +91,9 @@ def test_every_arm_is_compared_with_the_base_on_the_same_episodes(trained, tmp_p
     assert "R3-1: training" in said
     shown = table(written)
     [row] = [line for line in shown.splitlines() if line.startswith("| libero_object | all | R3 ")]
-    assert row.startswith(f"| libero_object | all | R3 | {100 * arm['successes'] / 400:.1f} % |")
-    assert row.split(" | ")[8] == f"{over['gain_points']:+.1f}"
+    share = f"{100 * arm['successes'] / 400:.1f} %"
+    assert row.startswith(f"| libero_object | all | R3 | 400 | {share} |")
+    assert row.split(" | ")[9] == f"{over['gain_points']:+.1f}"
     assert "over the control" in shown.splitlines()[0]
 
 
