@@ -41,7 +41,7 @@ def test_the_tables_of_the_experiments_are_those_of_their_reports():
 def test_the_errors_of_policies_are_those_of_their_report():
     report = json.loads(asset_path("reports", "where_policies_err.json").read_text())
     for name, rows in report["policies"].items():
-        arm = "base" if name == "libero-object-small" else name.removesuffix("-0")
+        arm = "base" if name == "libero-object-small" else name
         for temperature, row in rows.items():
             line = (
                 f"| {arm} | {temperature.split()[1]} | {row['fast']:.3f} | {row['slow']:.4f} | "
