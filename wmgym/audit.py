@@ -32,7 +32,7 @@ from wmgym.files import complete
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.rewards.verified import RewardWeights, encode_reference, frame_distance
 from wmgym.workers import in_workers
-from wmgym.worlds.evaluate import held_out_starts, read_windows
+from wmgym.worlds.evaluate import read_windows, split_starts
 from wmgym.worlds.metrics import psnr
 from wmgym.worlds.world import World
 
@@ -116,7 +116,7 @@ def audit_starts(config: AuditConfig) -> list[Start]:
     starts = []
     for index, folder in enumerate(config.data):
         dataset = open_dataset(folder)
-        for episode_id, t in held_out_starts(dataset, config.horizon, config.starts, config.seed):
+        for episode_id, t in split_starts(dataset, config.horizon, config.starts, config.seed):
             rng = np.random.default_rng([config.seed, index, episode_id, t])
             reference = dataset.read(episode_id, t, t + config.horizon).actions
             starts.append(Start(Path(folder), episode_id, t, disturbed(reference, rng)))

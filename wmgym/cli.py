@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from wmgym.data.episodes import Split
 from wmgym.extras import MissingExtraError
 
 
@@ -181,10 +182,10 @@ def _compare() -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """Score a world's pictures on held-out episodes."""
+    """Score a world's pictures on held-out episodes, or on those it was trained on."""
 
     data: tuple[Path, ...]
-    """Folders of LeRobot v3 or RLDS datasets with held-out episodes."""
+    """Folders of LeRobot v3 or RLDS datasets."""
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
@@ -193,6 +194,8 @@ class Score:
     """Windows per dataset."""
     horizon: int = 8
     """Control steps imagined open loop; past the world's own horizon it goes on from its frames."""
+    split: Split = "held_out"
+    """Episodes that windows are chosen of."""
     seed: int = 0
     """Seed of the choice of windows."""
 
@@ -210,6 +213,7 @@ class Score:
             windows=self.windows,
             horizon=self.horizon,
             seed=self.seed,
+            split=self.split,
         )
         _report(target, figures, self.seed)
         for name, scores in {"all": figures, **figures["datasets"]}.items():
@@ -228,7 +232,7 @@ class Report:
 
     def run(self) -> None:
         """Prints Markdown tables: pictures, audit, speeds, memory, and the experiment."""
-        from wmgym_agents.experiment import table
+        from wmgym_agents.compare import overview
 
         from wmgym.assets import asset_path
         from wmgym.checkpoints import model_folder
@@ -249,7 +253,7 @@ class Report:
             published_table(published),
             memory_table(published),
             *(
-                table(json.loads(path.read_text()), settings=("all",))
+                overview(json.loads(path.read_text()))
                 for path in sorted(asset_path("reports").glob("experiment*.json"))
             ),
         )

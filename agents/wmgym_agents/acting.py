@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from wmgym.checkpoints import CONFIG, WEIGHTS, model_folder
@@ -32,33 +31,6 @@ class Policy(Protocol):
 
     def act(self, observation: Observation) -> NDArray[np.floating]:
         """A chunk `(1, T, 7)` of raw LIBERO actions for one observation."""
-
-
-class Flow:
-    """A `FlowVLA` as a policy to evaluate: noise is drawn for the episode, none while denoising.
-
-    Args:
-        policy: The policy, where it is to run.
-        temperature: Size of the noise that it denoises.
-    """
-
-    def __init__(self, policy: FlowVLA, temperature: float) -> None:
-        self.policy = policy.eval()
-        self.temperature = temperature
-        self.image_size = policy.config.encoder.image_size
-
-    @property
-    def resizes(self) -> bool:
-        """Whether it takes pictures of any size."""
-        return self.policy.config.encoder.resizes
-
-    def reset(self, seed: int) -> None:
-        """Begins an episode."""
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def act(self, observation: Observation) -> NDArray[np.float32]:
-        """A chunk."""
-        return self.policy.act(observation, self.generator, self.temperature)
 
 
 def _is_function(policy: str) -> bool:
@@ -84,7 +56,8 @@ def load_policy(policy: str, *, temperature: float = 1.0, device: str = "auto") 
     place = resolve_device(device)
     made = _made(policy) if _is_function(policy) else FlowVLA.from_pretrained(policy)
     if isinstance(made, FlowVLA):
-        return Flow(made.to(place), temperature)
+        made.temperature = temperature
+        return made.to(place).eval()
     missing = [name for name in ("reset", "act") if not callable(getattr(made, name, None))]
     if missing:
         raise ValueError(

@@ -135,24 +135,37 @@ def _rows(
 
 def cells(figures: dict[str, Any]) -> list[list[str]]:
     """The rows of a comparison or an experiment as a table, its head first."""
-    suites = figures["suites"]
-    every = [
-        row for settings in suites.values() for arms in settings.values() for row in arms.values()
-    ]
-    controlled = any("gain_over_control" in row for row in every)
-    head = ["suite", "setting", "arm", "episodes", "success", "95 %", "gain", "95 %", "p"]
-    lines = [head + ["over the control", "95 %", "p"] * controlled]
-    for suite, settings in suites.items():
+    lines = [["suite", "setting", "arm", "episodes", "success", "95 %", *_gains_head(figures)]]
+    for suite, settings in figures["suites"].items():
         for setting, arms in settings.items():
             for arm, row in arms.items():
-                share = 100 * row["successes"] / row["episodes"]
                 low, high = (100 * bound for bound in row["interval"])
-                line = [suite, setting, arm, f"{row['episodes']}"]
-                line += [f"{share:.1f} %", f"{low:.1f} ... {high:.1f}", *_gain(row)]
-                if controlled:
-                    line += _gain(row.get("gain_over_control", {}))
-                lines.append(line)
+                line = [suite, setting, arm, f"{row['episodes']}", _share(row)]
+                lines.append([*line, f"{low:.1f} ... {high:.1f}", *_gains(figures, row)])
     return lines
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['successes'] / row['episodes']:.1f} %"
+
+
+def _controlled(figures: dict[str, Any]) -> bool:
+    """Whether there is a control."""
+    return any(
+        "gain_over_control" in row
+        for settings in figures["suites"].values()
+        for arms in settings.values()
+        for row in arms.values()
+    )
+
+
+def _gains_head(figures: dict[str, Any]) -> list[str]:
+    return ["gain", "95 %", "p"] + ["over the control", "95 %", "p"] * _controlled(figures)
+
+
+def _gains(figures: dict[str, Any], row: Mapping[str, Any]) -> list[str]:
+    control = _gain(row.get("gain_over_control", {}))
+    return _gain(row) + control * _controlled(figures)
 
 
 def _gain(row: Mapping[str, Any]) -> list[str]:
@@ -162,8 +175,34 @@ def _gain(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['gain_points']:+.1f}", f"{low:+.1f} ... {high:+.1f}", f"{row['p_mcnemar']:.2g}"]
 
 
-def table(figures: dict[str, Any], settings: Sequence[str] = ()) -> str:
-    """The rows of a comparison or an experiment in Markdown, of some settings or of every one."""
-    head, *lines = cells(figures)
-    shown = [line for line in lines if not settings or line[1] in settings]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *shown))
+def table(figures: dict[str, Any]) -> str:
+    """The rows of a comparison or an experiment in Markdown."""
+    return _markdown(cells(figures))
+
+
+def overview(figures: dict[str, Any]) -> str:
+    """An arm a row in Markdown: its success in every setting and over all, and that gain in full.
+
+    The gain in a setting stands in parentheses, in bold where its interval of 95 % excludes 0.
+    """
+    *parts, whole = next(iter(figures["suites"].values()))
+    lines = [["suite", "arm", *parts, whole, "episodes", *_gains_head(figures)]]
+    for suite, settings in figures["suites"].items():
+        for arm, row in settings[whole].items():
+            shares = [_share(settings[name][arm]) + _told(settings[name][arm]) for name in parts]
+            total = [_share(row), f"{row['episodes']}"]
+            lines.append([suite, arm, *shares, *total, *_gains(figures, row)])
+    return _markdown(lines)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    if "gain_points" not in row:
+        return ""
+    low, high = row["gain_interval"]
+    mark = "**" * (not low <= 0 <= high)
+    return f" ({mark}{row['gain_points']:+.1f}{mark})"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    head, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))

@@ -40,10 +40,11 @@ from wmgym.files import write_text
 from wmgym.reports import write_report
 from wmgym.spaces import ACTION_DIM
 from wmgym.workers import in_workers
-from wmgym_agents.acting import Flow, Policy, digest, load_policy
+from wmgym_agents.acting import Policy, digest, load_policy
 from wmgym_agents.films import film
 from wmgym_agents.outcomes import EPISODES, Episode, Outcomes, line, read, resume
 from wmgym_agents.page import evaluation_page
+from wmgym_agents.policy import FlowVLA
 from wmgym_agents.statistics import rate
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,8 @@ def _checked(config: EvaluationConfig) -> EvaluationConfig:
     policy = load_policy(config.policy, temperature=config.temperature, device=config.device)
     wanted = getattr(policy, "image_size", None)
     size = config.image_size or wanted or _IMAGE_SIZE
-    if isinstance(policy, Flow) and not policy.resizes and size != wanted:
+    fixed = isinstance(policy, FlowVLA) and not policy.config.encoder.resizes
+    if fixed and size != wanted:
         raise ValueError(
             f"image_size={size}: {config.policy} sees pictures of {wanted} pixels; leave "
             "--image-size out"

@@ -143,7 +143,8 @@ class FlowVLA(nn.Module):
     """The policy.
 
     It can be evaluated as it is: `reset` begins an episode, `act` answers an observation. What is
-    random comes from a generator that is given, or else from the one that `reset` made.
+    random comes from a generator that is given, or else from the one that `reset` made, and is as
+    large as the temperature that is given, or else as `temperature`.
 
     Args:
         config: Its shape.
@@ -151,11 +152,13 @@ class FlowVLA(nn.Module):
 
     Attributes:
         generator: Made by `reset`, None before; the only state that acting changes.
+        temperature: Size of the noise that `act` denoises.
     """
 
     def __init__(self, config: PolicyConfig, statistics: Statistics) -> None:
         super().__init__()
         self.generator: torch.Generator | None = None
+        self.temperature = 1.0
         self.config, self.statistics = config, statistics
         self.encoder = _encoder(config.encoder)
         self.head = FlowHead(config.head)
@@ -167,6 +170,11 @@ class FlowVLA(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.action_head.temp_embed.device
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures that its encoder sees."""
+        return self.config.encoder.image_size
 
     def reset(self, seed: int) -> None:
         """Begins an episode: `act` without a generator draws from this seed on."""
@@ -182,7 +190,7 @@ class FlowVLA(nn.Module):
         image = torch.as_tensor(observation["image"], device=self.device)
         proprio = torch.as_tensor(observation["proprio"], device=self.device).float()
         instruction = observation["instruction"]
-        size = self.config.encoder.image_size
+        size = self.image_size
         sizes = image.shape[1:3] if self.config.encoder.resizes else (size, size)
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1:] != (*sizes, 3):
             expected = "H, W" if self.config.encoder.resizes else f"{size}, {size}"
@@ -202,7 +210,7 @@ class FlowVLA(nn.Module):
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [0, 1] at the size of an encoder that has pictures resized."""
-        size = (self.config.encoder.image_size,) * 2
+        size = (self.image_size,) * 2
         if not self.config.encoder.resizes or pixels.shape[2:] == size:
             return pixels
         return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -251,7 +259,7 @@ class FlowVLA(nn.Module):
         self,
         observation: Observation | Encoded,
         generator: Source | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ) -> NDArray[np.float32]:
         """One chunk `(B, T, 7)` per observation, denoised without noise, for the environment.
 
@@ -260,7 +268,7 @@ class FlowVLA(nn.Module):
             generator: Source of the first noise of every observation; None goes on with the
                 policy's own, which `reset` made.
             temperature: Size of the first noise: 1 draws from the flow as it was trained, 0 always
-                returns the chunk at its centre.
+                returns the chunk at its centre; None is the policy's own.
 
         Raises:
             ValueError: No generator and no `reset` before, a temperature that is negative or not
@@ -269,6 +277,7 @@ class FlowVLA(nn.Module):
         generator = self.generator if generator is None else generator
         if generator is None:
             raise ValueError("nothing to draw from: call reset(seed) first, or give a generator")
+        temperature = self.temperature if temperature is None else temperature
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be finite and >= 0")
         seen = self._encoded(observation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from wmgym_agents.compare import CompareConfig, compare, table
+from wmgym_agents.compare import CompareConfig, compare, overview, table
 from wmgym_agents.outcomes import EPISODES, Episode, line, resume
 from wmgym_agents.statistics import mcnemar
 
@@ -56,7 +56,6 @@ def test_the_same_episodes_are_paired(tmp_path):
     assert written["policies"][str(better)]["policy"] == "q"
     assert list(written["suites"]["libero_object"]) == ["standard"]
     shown = out.with_suffix(".html").read_text()
-    assert len(table(written, settings=("nothing",)).splitlines()) == 2
     for cell in table(written).splitlines()[3].strip("| ").split(" | "):
         assert f"<td>{cell}</td>" in shown
 
@@ -70,6 +69,18 @@ def test_settings_are_told_apart_and_together_by_start(tmp_path):
     assert list(rows) == ["standard", "jitter", "all"]
     assert rows["all"][str(second)]["episodes"] == 40
     assert rows["all"][str(second)]["interval"] == rows["standard"][str(second)]["interval"]
+    head, _, base, better = (line[2:-2].split(" | ") for line in overview(figures).splitlines())
+    assert head == ["suite", "arm", "standard", "jitter", "all", "episodes", "gain", "95 %", "p"]
+    assert base == ["libero_object", str(first), *["0.0 %"] * 3, "40", "", "", ""]
+    assert better[2:7] == [*["50.0 % (**+50.0**)"] * 2, "50.0 %", "40", "+50.0"]
+
+
+def test_gains_that_may_be_none_are_not_bold(tmp_path):
+    both = ("standard", "jitter")
+    base = played(tmp_path / "base", ([True] * 5 + [False] * 5) * 4, both)
+    better = played(tmp_path / "better", ([True] * 6 + [False] * 4) * 4, both)
+    figures = compare(CompareConfig((base, better), tmp_path / "c.json"), "")
+    assert "| 60.0 % (+10.0) | 60.0 % (+10.0) | 60.0 % | 40 | +10.0 |" in overview(figures)
 
 
 def test_what_only_one_has_played_is_left_out(tmp_path):

@@ -18,7 +18,7 @@ import small
 from programs import ENVIRONMENT, kill_when, run
 from toy_libero import BROKEN, ToyLibero
 from wmgym_agents import evaluate as module
-from wmgym_agents.acting import Flow, digest, load_policy
+from wmgym_agents.acting import digest, load_policy
 from wmgym_agents.evaluate import EvaluationConfig, episodes, evaluate, report, summary
 from wmgym_agents.outcomes import EPISODES, Episode, line, read, resume
 from wmgym_agents.policy import FlowVLA
@@ -255,7 +255,7 @@ def test_other_weights_of_the_same_name_are_another_policy(tmp_path, caplog):
 
 def test_what_a_function_makes_may_be_a_flow_policy():
     made = load_policy("reaching:flow", temperature=0.0, device="cpu")
-    assert isinstance(made, Flow)
+    assert isinstance(made, FlowVLA)
     assert (made.image_size, made.temperature) == (32, 0.0)
     with pytest.raises(ValueError, match="device='tpu'"):
         load_policy("reaching:flow", device="tpu")

@@ -139,7 +139,7 @@ def test_bad_options_are_refused_and_leave_no_episode(options, message, no_physi
         ({"cameras": ("wrist",)}, "cameras="),
         ({"cameras": "agentview"}, "cameras='agentview': allowed are"),
         ({"action_chunk": 0}, "action_chunk=0"),
-        ({"split": "test"}, r"split='test': allowed are \('all', 'train', 'held_out'\)"),
+        ({"split": "test"}, r"split='test': allowed are \('train', 'held_out', 'all'\)"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"settle_steps": -1}, "settle_steps=-1"),
         ({"max_simulators": 0}, "max_simulators=0"),

@@ -11,8 +11,9 @@ import torch
 from skimage.metrics import structural_similarity
 
 from wmgym.data import LeRobotDataset
+from wmgym.data.episodes import SPLITS
 from wmgym.rewards.perceptual import LPIPS
-from wmgym.worlds.evaluate import MAX_PSNR, METRICS, evaluate, held_out_starts, read_windows
+from wmgym.worlds.evaluate import MAX_PSNR, METRICS, evaluate, read_windows, split_starts
 from wmgym.worlds.world import Prediction
 
 HORIZON = 3
@@ -145,17 +146,39 @@ def test_a_real_world_is_scored_and_the_seed_chooses_the_windows(tiny_dataset):
 
 
 def test_starts_are_held_out_distinct_and_leave_room(dataset):
-    everything = held_out_starts(dataset, HORIZON, 1000, seed=0)
+    everything = split_starts(dataset, HORIZON, 1000, seed=0)
     assert everything == all_windows(dataset)
-    some = held_out_starts(dataset, HORIZON, 9, seed=1)
+    some = split_starts(dataset, HORIZON, 9, seed=1)
     assert some == sorted(set(some))
     assert len(some) == 9
     assert set(some) < set(everything)
-    assert some == held_out_starts(dataset, HORIZON, 9, seed=1)
-    assert some != held_out_starts(dataset, HORIZON, 9, seed=2)
-    assert held_out_starts(dataset, tiny.LENGTH - 1, 1000, seed=0) == [(5, 0), (6, 0)]
-    with pytest.raises(ValueError, match=f"no held-out episode longer than {tiny.LENGTH} steps"):
-        held_out_starts(dataset, tiny.LENGTH, 1, seed=0)
+    assert some == split_starts(dataset, HORIZON, 9, seed=1)
+    assert some != split_starts(dataset, HORIZON, 9, seed=2)
+    assert split_starts(dataset, tiny.LENGTH - 1, 1000, seed=0) == [(5, 0), (6, 0)]
+    with pytest.raises(
+        ValueError, match=f"no episode longer than {tiny.LENGTH} steps in split=.held_out"
+    ):
+        split_starts(dataset, tiny.LENGTH, 1, seed=0)
+
+
+def test_windows_are_of_the_split_that_is_asked_for(tiny_dataset):
+    dataset = LeRobotDataset(tiny_dataset)
+    of = {
+        split: {episode for episode, _ in split_starts(dataset, HORIZON, 1000, 0, split)}
+        for split in SPLITS
+    }
+    assert of["train"]
+    assert of["train"].isdisjoint(of["held_out"])
+    assert of["all"] == of["train"] | of["held_out"]
+    with pytest.raises(ValueError, match="split='test': allowed are"):
+        split_starts(dataset, HORIZON, 1, 0, "test")
+
+    def score(**split):
+        return evaluate(
+            tiny.world(), [tiny_dataset], windows=5, horizon=HORIZON, progress=False, **split
+        )
+
+    assert score() == score(split="held_out") != score(split="train")
 
 
 @pytest.mark.parametrize("context", [1, 2, 4])

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 HELD_OUT_INIT_STATES = range(40, 50)
 """Initial states of every LIBERO task that are kept for validation: never trained or tuned on."""
+
+Split = Literal["train", "held_out", "all"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class EpisodeInfo:
         if self.init_state_id < 0:
             return self.episode_id % 10 == 9
         return self.init_state_id in HELD_OUT_INIT_STATES
+
+    def is_in(self, split: Split) -> bool:
+        """Whether the episode belongs to a split: "held_out", "train" (the others) or "all"."""
+        return split == "all" or self.held_out == (split == "held_out")
 
     def validates(self, states: Collection[int]) -> bool:
         """Whether the episode is kept to watch training: it starts from one of `states`.

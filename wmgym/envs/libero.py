@@ -19,7 +19,7 @@ from gymnasium import logger
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
-from wmgym.data.episodes import HELD_OUT_INIT_STATES
+from wmgym.data.episodes import HELD_OUT_INIT_STATES, SPLITS, Split
 from wmgym.envs.simulator import SETTLE_STEPS, Simulator, initial_states, n_tasks
 from wmgym.spaces import (
     ACTION_DIM,
@@ -39,7 +39,6 @@ InitStateTransform = Callable[
 
 Called when the fixtures are placed; it may move them, and may leave the scene in any state."""
 
-SPLITS = ("all", "train", "held_out")
 OPTIONS = ("task_id", "init_state", "fixture_seed")
 
 _LARGEST_IMAGE = (480, 640)
@@ -97,7 +96,7 @@ class LiberoEnv(gym.Env):
         image_size: int | tuple[int, int] = (128, 128),
         cameras: Sequence[str] = ("agentview",),
         action_chunk: int | None = None,
-        split: str = "all",
+        split: Split = "all",
         max_steps: int | None = None,
         settle_steps: int = SETTLE_STEPS,
         fast_rendering: bool = False,

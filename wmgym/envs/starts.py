@@ -22,11 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.cache import ByteCache
-from wmgym.data.episodes import Dataset, EpisodeInfo
+from wmgym.data.episodes import SPLITS, Dataset, EpisodeInfo, Split
 from wmgym.data.frame_cache import resize
 from wmgym.spaces import check_tasks
 
-SPLITS = ("train", "held_out", "all")
 StartFunction = Callable[[np.random.Generator, Sequence[EpisodeInfo]], tuple[int, int]]
 """Chooses a start: `(rng, eligible episodes) -> (episode_id, frame_index)`."""
 
@@ -99,7 +98,7 @@ class StartStates:
         *,
         suite: str,
         tasks: Sequence[int] | None,
-        split: str,
+        split: Split,
         starts: str | StartFunction,
         horizon: int,
         chunk: int,
@@ -228,11 +227,11 @@ class StartStates:
         return max(1, episode.length - self._horizon)
 
 
-def _eligible(episode: EpisodeInfo, suite: str, tasks: Sequence[int] | None, split: str) -> bool:
+def _eligible(episode: EpisodeInfo, suite: str, tasks: Sequence[int] | None, split: Split) -> bool:
     return (
         episode.suite in ("", suite)
         and (tasks is None or episode.task_id in tasks)
-        and (split == "all" or episode.held_out == (split == "held_out"))
+        and episode.is_in(split)
         and episode.success is not False
     )
 

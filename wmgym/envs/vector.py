@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wmgym.cache import ByteCache
-from wmgym.data.episodes import Dataset
+from wmgym.data.episodes import Dataset, Split
 from wmgym.envs import requests
 from wmgym.envs.edge import Edge
 from wmgym.envs.infos import add_rows, select_values
@@ -120,7 +120,7 @@ class WorldModelVectorEnv(VectorEnv):
         action_chunk: int | None = None,
         group_size: int = 1,
         starts: str | StartFunction = "frames",
-        split: str = "train",
+        split: Split = "train",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         device: str | torch.device = "cpu",
         dtype: str = "float32",

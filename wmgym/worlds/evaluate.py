@@ -1,6 +1,6 @@
-"""How good a world's pictures are: open loop, on episodes it has never seen.
+"""How good a world's pictures are: open loop, by default on episodes it has never seen.
 
-From random frames of held-out episodes the world imagines `T` control steps under the recorded
+From random frames of episodes the world imagines `T` control steps under the recorded
 actions. Each imagined frame is compared with the recorded one by MSE, PSNR, SSIM and LPIPS, beside
 two bounds: copying the context frame (what a world must beat) and the tokenizer's own redrawing of
 the recorded frame (what the dynamics could reach at best).
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmgym.data import Dataset, StoredDataset, open_dataset
-from wmgym.data.episodes import EpisodeInfo
+from wmgym.data.episodes import SPLITS, EpisodeInfo, Split
 from wmgym.data.frame_cache import resize
 from wmgym.rewards.perceptual import LPIPS
 from wmgym.worlds.metrics import mse, psnr, ssim
@@ -43,18 +43,22 @@ def random_starts(
     return [places[i] for i in sorted(chosen)]
 
 
-def held_out_starts(
-    dataset: StoredDataset, horizon: int, count: int, seed: int
+def split_starts(
+    dataset: StoredDataset, horizon: int, count: int, seed: int, split: Split = "held_out"
 ) -> list[tuple[int, int]]:
-    """`count` random `(episode_id, t)` of held-out episodes with `horizon` steps left, sorted.
+    """`count` random `(episode_id, t)` of a split with `horizon` steps left, sorted.
 
     Raises:
-        ValueError: The dataset has no held-out episode that long.
+        ValueError: An unknown split, or no episode of it is that long.
     """
-    episodes = [info for info in dataset.episodes if info.held_out]
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: allowed are {SPLITS}")
+    episodes = [info for info in dataset.episodes if info.is_in(split)]
     places = random_starts(episodes, horizon, count, np.random.default_rng(seed))
     if not places:
-        raise ValueError(f"{dataset.root} has no held-out episode longer than {horizon} steps")
+        raise ValueError(
+            f"{dataset.root} has no episode longer than {horizon} steps in split={split!r}"
+        )
     return places
 
 
@@ -108,16 +112,18 @@ def evaluate(
     windows: int = 200,
     horizon: int = 8,
     seed: int = 0,
+    split: Split = "held_out",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores a world on held-out episodes.
+    """Scores a world on episodes of datasets.
 
     Args:
         world: A world of one of the two families.
-        datasets: Folders of LeRobot v3 or RLDS datasets with held-out episodes.
+        datasets: Folders of LeRobot v3 or RLDS datasets.
         windows: Windows per dataset.
         horizon: Control steps imagined open loop.
         seed: Seed of the choice of windows.
+        split: Episodes that windows are chosen of.
         progress: Show a progress bar.
 
     Returns:
@@ -135,7 +141,7 @@ def evaluate(
     by_dataset: dict[str, Any] = {}
     for folder in datasets:
         dataset = open_dataset(folder)
-        places = held_out_starts(dataset, horizon, windows, seed)
+        places = split_starts(dataset, horizon, windows, seed, split)
         scores: dict[str, list[Tensor]] = defaultdict(list)
         batches = [places[i : i + _BATCH] for i in range(0, len(places), _BATCH)]
         for batch in tqdm(batches, desc=dataset.name, disable=not progress):
