@@ -136,6 +136,19 @@ def test_as_a_program(tmp_path):
 # --- commands -----------------------------------------------------------------------------------
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    for line in (["record", "--help"], ["report"]):
+        program = subprocess.Popen(
+            [sys.executable, "-m", "wmgym", *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        program.stdout.close()
+        assert program.stderr.read() == ""
+        assert program.wait() == 1
+
+
 def test_subset_copies_what_was_asked_for(wmgym, tiny_dataset, tmp_path):
     out = tmp_path / "small"
     code, printed, _ = wmgym("subset", "--data", tiny_dataset, "--out", out, "--per-task", 1)

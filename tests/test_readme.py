@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from wmgym_agents.compare import overview
 
 from wmgym.assets import asset_path
@@ -17,6 +18,7 @@ from wmgym.reports import (
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DETAILS = asset_path("reports", "README.md").read_text()
 
 
 def test_the_tables_of_the_shipped_world_are_those_of_its_reports():
@@ -33,9 +35,9 @@ def test_the_tables_of_the_published_world_are_those_of_its_report():
 
 
 def test_the_tables_of_the_experiments_are_those_of_their_reports():
-    for name in ("experiment", "experiment_halfway"):
+    for name, page in {"experiment": README, "experiment_halfway": DETAILS}.items():
         report = json.loads(asset_path("reports", f"{name}.json").read_text())
-        assert overview(report) in README
+        assert overview(report) in page
 
 
 def test_the_errors_of_policies_are_those_of_their_report():
@@ -47,7 +49,7 @@ def test_the_errors_of_policies_are_those_of_their_report():
                 f"| {arm} | {temperature.split()[1]} | {row['fast']:.3f} | {row['slow']:.4f} | "
                 f"{row['gripper']:.4f} | {100 * row['late']:.1f} % | {row['R3']:.4f} |"
             )
-            assert line in README
+            assert line in DETAILS
 
 
 def test_the_ten_lines_are_the_quickstart_example():
@@ -63,8 +65,10 @@ def test_every_extra_is_explained():
     assert [e for e in extras if e not in ("all", "dev") and f"\n| `{e}` |" not in README] == []
 
 
-def test_every_file_the_readme_points_to_exists():
-    targets = [part.split(")")[0] for part in README.split("](")[1:]]
-    local = [t for t in targets if not t.startswith(("http", "#"))]
+@pytest.mark.parametrize("page", ["README.md", "assets/reports/README.md"])
+def test_every_file_a_page_points_to_exists(page):
+    path = ROOT / page
+    targets = [re.split(r"[)#]", part)[0] for part in path.read_text().split("](")[1:]]
+    local = [t for t in targets if t and not t.startswith("http")]
     assert local
-    assert [t for t in local if not (ROOT / t).exists()] == []
+    assert [t for t in local if not (path.parent / t).exists()] == []

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -443,7 +444,13 @@ def main() -> None:
         sys.exit(2)
     try:
         command = COMMANDS[name]
-        _options(command).run() if isinstance(command, type) else command()
+        try:
+            _options(command).run() if isinstance(command, type) else command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, ArithmeticError, OSError, NotImplementedError, MissingExtraError) as error:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:

@@ -190,8 +190,12 @@ def _evaluation_seconds(played: dict[float, Outcomes], config: ExperimentConfig)
 def _figures(
     config: ExperimentConfig, played: Played, seconds: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Rates of all arms, seeds, settings and temperatures; gains over the base and the control."""
-    suites = {}
+    """Rates of all arms, seeds, settings and temperatures; gains over the base and the control.
+
+    Every single outcome is kept as well, so that arms of another time can be paired with these.
+    """
+    suites: dict[str, Any] = {}
+    outcomes_of: dict[str, Any] = {}
     for temperature in config.temperatures:
         first = temperature == config.temperatures[0]
         name = config.suite if first else f"{config.suite}, temperature {temperature:g}"
@@ -200,6 +204,10 @@ def _figures(
             for arm, seeds in played.items()
         }
         suites[name] = _rows(arms, config.settings)
+        outcomes_of[name] = {
+            arm: {str(seed): _digits(outcomes, config.settings) for seed, outcomes in seeds.items()}
+            for arm, seeds in arms.items()
+        }
     return {
         "base": config.base,
         "suites": suites,
@@ -207,6 +215,15 @@ def _figures(
         "steps": config.steps,
         "control_steps": config.control_steps,
         "seconds": seconds,
+        "outcomes": outcomes_of,
+    }
+
+
+def _digits(outcomes: Outcomes, settings: tuple[str, ...]) -> dict[str, str]:
+    """A digit per episode by setting, 1 where it succeeded, in order of task, state and copy."""
+    return {
+        setting: "".join(str(int(o["success"])) for o in outcomes.of(setting).values())
+        for setting in settings
     }
 
 

@@ -85,7 +85,7 @@ def test_every_arm_is_compared_with_the_base_on_the_same_episodes(trained, tmp_p
     assert written["suites"] == json.loads(json.dumps(figures["suites"]))
     assert written["command"] == "wmgym experiment"
     assert set(written) == {
-        *("base", "suites", "methods", "steps", "control_steps", "seconds"),
+        *("base", "suites", "methods", "steps", "control_steps", "seconds", "outcomes"),
         *("command", "seed", "machine", "version"),
     }
     assert "R3-1: training" in said
@@ -145,6 +145,20 @@ def test_temperatures_are_rows_of_their_own(trained, tmp_path):
     assert list(figures["suites"]) == ["libero_object", "libero_object, temperature 0"]
     assert figures["suites"]["libero_object, temperature 0"]["all"]["R3"]["episodes"] == 400
     assert "| libero_object, temperature 0 | all | base |" in table(figures)
+
+
+def test_every_outcome_is_in_the_report(trained, tmp_path, monkeypatch):
+    def succeeds(episode):
+        return episode.task_id == 3 and episode.setting == "jitter" and episode.init_state < 42
+
+    def evaluate(config, **_):
+        return Outcomes({e: {"success": succeeds(e), "seconds": 1} for e in episodes(config)})
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    figures = experiment(config(tmp_path, arms=("R3",)), "", lambda line: None)
+    told = figures["outcomes"]["libero_object"]
+    expected = {"standard": "0" * 100, "jitter": "0" * 30 + "11" + "0" * 68}
+    assert told == {"base": {"0": expected}, "R3": {"0": expected, "1": expected}}
 
 
 def test_unknown_arms_are_refused(tmp_path):
