@@ -166,20 +166,26 @@ def check_fit(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
     expected = {name: tuple(t.shape) for name, t in weights.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
-        missing = sorted(expected.keys() - found.keys())[:5]
-        unknown = sorted(found.keys() - expected.keys())[:5]
+        missing = sorted(expected.keys() - found.keys())
+        unknown = sorted(found.keys() - expected.keys())
         other = [
             f"{k}: {found[k]} instead of {expected[k]}"
             for k in sorted(expected.keys() & found.keys())
             if expected[k] != found[k]
-        ][:5]
+        ]
         raise CheckpointError(
-            f"{source} does not fit its config: missing {missing}, unknown {unknown}, "
-            f"shapes {other}"
+            f"{source} does not fit its config: missing {_some(missing)}, unknown "
+            f"{_some(unknown)}, shapes {_some(other)}"
         )
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
-        raise CheckpointError(f"{source} has NaN or infinity in {broken[:5]}")
+        raise CheckpointError(f"{source} has NaN or infinity in {_some(broken)}")
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    """A list in words, cut where it gets long."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}"
 
 
 def reason_of(error: Exception) -> str:

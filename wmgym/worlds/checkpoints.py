@@ -24,7 +24,13 @@ from wmgym.checkpoints import (
 from wmgym.worlds.dynamics import DynamicsConfig
 from wmgym.worlds.latent_world import LatentWorld, LatentWorldConfig, LatentWorldModel
 from wmgym.worlds.tokenizer import TokenizerConfig
-from wmgym.worlds.tokens.load import fetch, files_beside, is_published, load_token_world
+from wmgym.worlds.tokens.load import (
+    dynamics_in,
+    fetch,
+    files_beside,
+    is_published,
+    load_token_world,
+)
 from wmgym.worlds.world import World
 
 FAMILY = "wmgym-latent-world"
@@ -91,7 +97,7 @@ def world_folder(world: str | Path) -> Path:
     """
     name = str(world)
     if name in shipped("world") or Path(world).is_dir() or name.count("/") != 1:
-        return model_folder("world", world)
+        return dynamics_in(model_folder("world", world))
     return fetch(name)
 
 

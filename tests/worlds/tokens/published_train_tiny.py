@@ -23,7 +23,7 @@ from wmgym.worlds.tokens.transformer import TokenDynamicsConfig
 
 STEPS = 6
 TOKENIZER = CompressiveTokenizerConfig(
-    block_out_channels=(16, 16, 32),
+    block_out_channels=(16, 32, 32),
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
     layers_per_block=1,

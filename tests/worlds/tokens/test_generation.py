@@ -214,6 +214,15 @@ def test_noise_is_uniform_and_a_matter_of_its_key():
     assert keys_of(same, 1)[0] != keys_of(same, 2)[0]
 
 
+def test_the_largest_noise_is_finite():
+    """Of these numbers one has all bits set, which float32 rounds up."""
+    key, place = torch.tensor([1219]), 1508
+    assert 0.9999999 < uniform(key, 4375)[0, place] < 1
+    logits = torch.full((1, 4375), -torch.inf)
+    logits[0, 1509] = 0
+    assert choose(logits, Decoding("sample"), key).item() == 1509
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

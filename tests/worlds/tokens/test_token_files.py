@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -22,6 +23,7 @@ from wmgym.worlds.evaluate import evaluate
 from wmgym.worlds.tokens import folders
 from wmgym.worlds.tokens.action_tokens import PUBLISHED_RANGES, ActionTokens
 from wmgym.worlds.tokens.token_world import TokenWorld
+from wmgym.worlds.tokens.transformer import TokenDynamicsConfig
 
 KINDS = {
     "tokenizer": (CompressiveTokenizer, tokenizer, "diffusion_pytorch_model.safetensors"),
@@ -55,6 +57,9 @@ def test_every_key_must_be_there_and_no_other(kind):
     name = sorted(tensors)[3]
     save_file({k: v for k, v in tensors.items() if k != name}, weights)
     with pytest.raises(CheckpointError, match=f"missing .*{name}"):
+        cls.from_pretrained(folder)
+    save_file({}, weights)
+    with pytest.raises(CheckpointError, match=rf"missing .*and {len(tensors) - 10} more"):
         cls.from_pretrained(folder)
     save_file({**tensors, "surplus.weight": torch.zeros(1)}, weights)
     with pytest.raises(CheckpointError, match=r"unknown .*surplus\.weight"):
@@ -98,7 +103,7 @@ def test_every_key_must_be_there_and_no_other(kind):
         ("tokenizer", {"resolution": 30}, "multiple of 8"),
         ("tokenizer", {"resolution": [32, 32]}, r"resolution=\[32, 32\]: expected int"),
         ("tokenizer", {"latent_channels": 8.0}, r"latent_channels=8\.0: expected int"),
-        ("tokenizer", {"block_out_channels": [30, 30], "norm_num_groups": 10}, "multiple of 4"),
+        ("tokenizer", {"block_out_channels": [30, 30], "norm_num_groups": 10}, "multiple of 32"),
         ("tokenizer", {"block_out_channels": [30, 32]}, "multiples of norm_num_groups=32"),
         ("tokenizer", {"norm_num_groups": 0}, "norm_num_groups=0: must be >= 1"),
         ("tokenizer", {"_class_name": "AutoencoderKL"}, "'CompressiveVQModelFSQ' is"),
@@ -229,7 +234,7 @@ def test_clips_without_later_frames(tmp_path):
     assert tokenizer().decode(context, later).shape == (2, 1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("place", ["tokenizer", "../Tokenizer"])
+@pytest.mark.parametrize("place", ["tokenizer", "../Tokenizer", "../tokenizer"])
 def test_the_tokenizer_is_found_inside_or_beside(place, tmp_path):
     folder = tmp_path / "libero_object"
     dynamics().save_pretrained(folder)
@@ -241,6 +246,66 @@ def test_the_tokenizer_is_found_inside_or_beside(place, tmp_path):
     assert isinstance(world, TokenWorld)
     assert world.name == "libero_object"
     assert load_token_world(folder, tokenizer=folder / place).image_size == (32, 32)
+
+
+def test_a_folder_stands_for_the_only_dynamics_in_it(tmp_path):
+    dynamics().save_pretrained(tmp_path / "transformer")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    ActionTokens(bins=7).save(tmp_path)
+    for world in (load_world(tmp_path), load_token_world(tmp_path), resolve_world(tmp_path)):
+        assert world.actions.bins == 7
+    dynamics().save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="is no world"):
+        load_world(tmp_path)
+
+
+def test_dynamics_are_known_without_a_name_of_their_kind(tmp_path):
+    folder = save(tmp_path / "world")
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert isinstance(load_world(folder), TokenWorld)
+
+
+def test_norms_before_a_look_at_the_context_have_32_groups_as_released():
+    for groups in (8, 32):
+        model = CompressiveTokenizer(dataclasses.replace(TOKENIZER, norm_num_groups=groups))
+        assert model.encoder.conv_norm_out.num_groups == groups
+        for half in (model.cond_encoder, model.cond_decoder):
+            for look in half.cross_att_blocks:
+                assert look.q_norm.num_groups == look.kv_norm.num_groups == 32
+
+
+def test_the_innermost_part_of_a_drawing_always_looks_at_the_context():
+    model = tokenizer(dataclasses.replace(TOKENIZER, max_att_resolution=8))
+    assert model.cond_encoder.looks == []
+    assert model.cond_decoder.looks == [0]
+    context, later = model.encode(clips(1)[0].expand(1, 2, 3, 32, 32))
+    assert model.decode(context, later).shape == (1, 2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.uint16])
+def test_tokens_are_integers_of_any_size(kind):
+    context, later = tokenizer().encode(clips(1)[0].expand(1, 2, 3, 32, 32))
+    drawn = tokenizer().decode(context.to(kind), later.to(kind))
+    assert torch.equal(drawn, tokenizer().decode(context, later))
+    tokens = torch.arange(9000, 9008)[None]
+    assert torch.equal(dynamics().logits(tokens.to(kind)), dynamics().logits(tokens))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": None},
+        {"eos_token_id": [9007, 9006]},
+    ],
+)
+def test_configs_that_mean_the_same_are_read(change):
+    described = DYNAMICS.describe() | change
+    config = TokenDynamicsConfig.of(described)
+    assert dataclasses.replace(config, eos_token_id=9007) == DYNAMICS
+    assert TokenDynamicsConfig.of(json.loads(json.dumps(config.describe()))) == config
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
@@ -325,10 +390,11 @@ def test_ranges_of_actions(tmp_path, caplog):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert load_token_world(tmp_path).actions.ranges == PUBLISHED_RANGES
     assert "does not say how actions become tokens" in caplog.text
-    table = torch.tensor(PUBLISHED_RANGES) * 2
-    torch.save(table, tmp_path / "libero_action_ranges.pth")
-    found = load_token_world(tmp_path).actions.ranges
-    torch.testing.assert_close(torch.tensor(found), table)
+    for dtype in (torch.float32, torch.bfloat16):
+        table = (torch.tensor(PUBLISHED_RANGES) * 2).to(dtype)
+        torch.save(table, tmp_path / "libero_action_ranges.pth")
+        found = load_token_world(tmp_path).actions.ranges
+        assert torch.equal(torch.tensor(found).to(dtype), table)
     quantiles = tuple((-0.5, 0.5 + 0.1 * i) for i in range(6))
     described = ActionTokens(action_space="normalised", quantiles=quantiles)
     described.save(tmp_path)

@@ -121,8 +121,8 @@ class ActionTokens:
                 return cls(**entries)
             if (folder / PUBLISHED_FILE).exists():
                 table = torch.load(folder / PUBLISHED_FILE, weights_only=True, map_location="cpu")
-                values = np.asarray(table, np.float64).reshape(ACTION_DIM, 2)
-                return cls(tuple((float(a), float(b)) for a, b in values))
+                values = torch.as_tensor(table).double().reshape(ACTION_DIM, 2).tolist()
+                return cls(tuple((a, b) for a, b in values))
         except (*_DAMAGED, OSError) as error:
             reason = reason_of(error)
             raise CheckpointError(f"the ranges of actions in {folder}: {reason}") from None

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 _EPS = 1e-6
 _CROSS_HEADS = 4
+_CROSS_GROUPS = 32
+"""Groups of the norms before a look at the context, whatever those of the other norms."""
 _CROSS_DROPOUT = 0.1
 
 
@@ -73,23 +75,22 @@ class CrossAttention(nn.Module):
     Args:
         width: Channels of both.
         tokens: Pixels of each.
-        groups: Groups of the norms.
     """
 
-    def __init__(self, width: int, tokens: int, groups: int) -> None:
+    def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
-        if width % _CROSS_HEADS:
+        if width % _CROSS_GROUPS:
             raise ValueError(
                 f"block_out_channels has {width}, where the context is looked at: must be a "
-                f"multiple of {_CROSS_HEADS}"
+                f"multiple of {_CROSS_GROUPS}"
             )
         self.kv_pos_emb = nn.Parameter(torch.zeros(tokens, width))
         self.q_pos_emb = nn.Parameter(torch.zeros(tokens, width))
         self.att = nn.MultiheadAttention(
             width, _CROSS_HEADS, dropout=_CROSS_DROPOUT, batch_first=True
         )
-        self.kv_norm = nn.GroupNorm(groups, width)
-        self.q_norm = nn.GroupNorm(groups, width)
+        self.kv_norm = nn.GroupNorm(_CROSS_GROUPS, width)
+        self.q_norm = nn.GroupNorm(_CROSS_GROUPS, width)
         self.dropout = nn.Dropout(_CROSS_DROPOUT)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ class Encoder(nn.Module):
             sides = [resolution >> min(i + 1, count - 1) for i in range(count)]
             self.looks = [i for i, side in enumerate(sides) if side <= largest]
             self.cross_att_blocks = nn.ModuleList(
-                CrossAttention(widths[i], sides[i] ** 2, groups) for i in self.looks
+                CrossAttention(widths[i], sides[i] ** 2) for i in self.looks
             )
 
     def forward(self, x: Tensor, context: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
@@ -290,10 +291,10 @@ class Decoder(nn.Module):
             resolution, largest = conditioned
             least = resolution >> (count - 1)
             sides = [least, *(least << min(i + 1, count - 1) for i in range(count))]
-            self.looks = [i for i, side in enumerate(sides) if side <= largest]
+            self.looks = [i for i, side in enumerate(sides) if i == 0 or side <= largest]
             after = [inwards[0], *inwards]
             self.cross_att_blocks = nn.ModuleList(
-                CrossAttention(after[i], sides[i] ** 2, groups) for i in self.looks
+                CrossAttention(after[i], sides[i] ** 2) for i in self.looks
             )
 
     def features(

@@ -30,7 +30,7 @@ from wmgym.settings import check_numbers
 from wmgym.worlds.tokens.autoencoder import Decoder, Encoder
 from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.fsq import FSQ, LEVELS
-from wmgym.worlds.tokens.vocabulary import Vocabulary, check_integers
+from wmgym.worlds.tokens.vocabulary import Vocabulary, as_integers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SLACK = 1e-3  # resizing may leave 0 ... 1 by rounding
@@ -234,7 +234,7 @@ class CompressiveTokenizer(nn.Module):
             TypeError: No tensors of integers.
             ValueError: Tokens of another shape, or outside the codes.
         """
-        self._check(context_tokens, dynamics_tokens)
+        context_tokens, dynamics_tokens = self._codes(context_tokens, dynamics_tokens)
         count = dynamics_tokens.shape[1]
         shown = self.decoder.features(self._latents(context_tokens[:, 0]))
         first = self.decoder.picture(shown[-1])[:, None]
@@ -316,12 +316,14 @@ class CompressiveTokenizer(nn.Module):
             )
         return frames.to(self.quant_conv.weight.dtype)
 
-    def _check(self, context_tokens: Tensor, dynamics_tokens: Tensor) -> None:
+    def _codes(self, context_tokens: Tensor, dynamics_tokens: Tensor) -> list[Tensor]:
+        """Tokens of clips as int64; see `decode` for what it raises."""
+        found = []
         for name, tokens, each, codes in (
             ("context", context_tokens, self.config.context_tokens, self.fsq.codes),
             ("dynamics", dynamics_tokens, self.config.dynamics_tokens, self.dynamics_fsq.codes),
         ):
-            check_integers(f"{name} tokens", tokens)
+            tokens = as_integers(f"{name} tokens", tokens)
             if (
                 tokens.ndim != 3
                 or not len(tokens)
@@ -337,8 +339,10 @@ class CompressiveTokenizer(nn.Module):
                     f"{name} tokens are {int(tokens.min())} ... {int(tokens.max())}, allowed "
                     f"0 ... {codes - 1}, without offset"
                 )
+            found.append(tokens)
         if context_tokens.shape[1] != 1:
             raise ValueError(f"{context_tokens.shape[1]} context frames, expected 1")
+        return found
 
 
 def _patches(latents: Tensor, patch: int) -> Tensor:

@@ -6,7 +6,8 @@
 
 The tokenizer may also lie beside the dynamics, as `Tokenizer`, as the released scripts expect; on
 the hub it is the repository `WorldModel-Tokenizer` of the same owner. The ranges of actions may lie
-in the folder of the dynamics or in the one above.
+in the folder of the dynamics or in the one above. A folder that holds only one folder of dynamics
+stands for that one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from wmgym.worlds.tokens.compressive import CompressiveTokenizer
 from wmgym.worlds.tokens.folders import resolve_folder
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
 from wmgym.worlds.tokens.token_world import TokenWorld
-from wmgym.worlds.tokens.transformer import TokenDynamics
+from wmgym.worlds.tokens.transformer import TokenDynamics, TokenDynamicsConfig
 
 _log = logging.getLogger(__name__)
-_BESIDE = ("tokenizer", "Tokenizer", "../Tokenizer", "../WorldModel-Tokenizer")
+_BESIDE = ("tokenizer", "Tokenizer", "../Tokenizer", "../tokenizer", "../WorldModel-Tokenizer")
 _HUB_TOKENIZER = "WorldModel-Tokenizer"
 _ACTIONS = (action_tokens.FILE, action_tokens.PUBLISHED_FILE)
 
@@ -36,9 +37,19 @@ _ACTIONS = (action_tokens.FILE, action_tokens.PUBLISHED_FILE)
 def is_published(folder: Path) -> bool:
     """Whether a folder holds the dynamics of a published world."""
     try:
-        return read_json(folder / CONFIG).get("model_type") == "llama"
+        config = read_json(folder / CONFIG)
     except CheckpointError:
         return False
+    name, kind = TokenDynamicsConfig.kind
+    return config.get(name, kind) == kind and "num_hidden_layers" in config
+
+
+def dynamics_in(folder: Path) -> Path:
+    """The folder of the dynamics: the one given, or else the only such folder in it."""
+    if (folder / CONFIG).exists():
+        return folder
+    inside = [path.parent for path in folder.glob(f"*/{CONFIG}") if is_published(path.parent)]
+    return inside[0] if len(inside) == 1 else folder
 
 
 def fetch(name: str) -> Path:
@@ -113,7 +124,8 @@ def load_parts(
     Raises:
         CheckpointError: Something is missing, damaged, or does not fit.
     """
-    folder = Path(world) if Path(world).is_dir() else fetch(os.fspath(world))
+    here = Path(world).is_dir()
+    folder = dynamics_in(Path(world)) if here else fetch(os.fspath(world))
     return (
         CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
         TokenDynamics.from_pretrained(folder),

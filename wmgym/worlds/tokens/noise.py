@@ -44,7 +44,8 @@ def keys_of(tokens: Tensor, seed: int) -> Tensor:
 def uniform(keys: Tensor, count: int) -> Tensor:
     """Numbers `(B, count)` float32 in (0, 1) of keys `(B,)`."""
     bits = combine(keys[:, None], torch.arange(count, device=keys.device))
-    return (_right(bits, 40).float() + 0.5) / 2**24
+    numbers = (_right(bits, 40).float() + 0.5) / 2**24
+    return numbers.clamp(max=1 - 2**-24)  # float32 rounds the largest up to 1
 
 
 def gumbel(keys: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from wmgym.worlds.tokens.attention import causal_attention
 from wmgym.worlds.tokens.folders import Described, read_model
 from wmgym.worlds.tokens.noise import keys_of
 from wmgym.worlds.tokens.sampling import GREEDY, Decoding
-from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, check_integers
+from wmgym.worlds.tokens.vocabulary import PUBLISHED, Vocabulary, as_integers
 
 WEIGHTS = "model.safetensors"
 _WRITTEN_AS = {"architectures": ["LlamaForCausalLM"]}
@@ -75,7 +75,7 @@ class TokenDynamicsConfig(Described):
     tie_word_embeddings: bool = False
     rope_scaling: dict[str, Any] | None = None
     bos_token_id: int | None = 9006
-    eos_token_id: int | None = 9007
+    eos_token_id: int | tuple[int, ...] | None = 9007
 
     def __post_init__(self) -> None:
         check_numbers(self, ">= 1", "vocab_size", "hidden_size", "intermediate_size")
@@ -100,15 +100,19 @@ class TokenDynamicsConfig(Described):
     @classmethod
     def of(cls, described: dict[str, Any]) -> TokenDynamicsConfig:
         """As `Described.of`; newer files keep the rotary positions in an object of their own."""
-        rope = described.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise TypeError(f"rope_parameters={rope!r} is {type(rope).__name__}, not dict")
-        rope = {"partial_rotary_factor": described.get("partial_rotary_factor", 1.0), **rope}
+        rope = {"partial_rotary_factor": described.get("partial_rotary_factor", 1.0)}
+        for name in ("rope_scaling", "rope_parameters"):
+            given = described.get(name) or {}
+            if not isinstance(given, dict):
+                raise TypeError(f"{name}={given!r} is {type(given).__name__}, not dict")
+            rope |= {"rope_type" if key == "type" else key: v for key, v in given.items()}
         theta = rope.pop("rope_theta", described.get("rope_theta", cls.rope_theta))
         other = {k: v for k, v in rope.items() if k not in _PLAIN_ROPE or v != _PLAIN_ROPE[k]}
         if other:
-            raise ValueError(f"rope_parameters={other} are not supported, {_PLAIN_ROPE} are")
-        return super().of(described | {"rope_theta": theta})
+            raise ValueError(
+                f"rope_scaling or rope_parameters={other} are not supported, {_PLAIN_ROPE} are"
+            )
+        return super().of(described | {"rope_theta": theta, "rope_scaling": None})
 
     @property
     def kv_heads(self) -> int:
@@ -273,8 +277,7 @@ class TokenDynamics(nn.Module):
             TypeError: No tensor of integers.
             ValueError: Tokens of another shape, outside the vocabulary, or too many.
         """
-        self.check(tokens)
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(self.checked(tokens))
         return self.lm_head(hidden if at is None else hidden[:, at])
 
     def generate(
@@ -312,8 +315,9 @@ class TokenDynamics(nn.Module):
                 f"actions have shape {tuple(actions.shape)}, "
                 f"expected ({len(prompt)}, T - 1, {ACTION_DIM})"
             )
+        prompt, actions = as_integers("prompt", prompt), as_integers("actions", actions)
         action_tokens = torch.cat([prompt[:, None, -ACTION_DIM:], actions], 1)
-        self.check(torch.cat([prompt, actions.flatten(1)], 1))
+        self.checked(torch.cat([prompt, actions.flatten(1)], 1))
         prefix = prompt[:, : vocabulary.prefix]
         generator = Generator(self, vocabulary, decoding, self.lm_head.weight.dtype)
         noise = keys_of(prefix, decoding.seed)
@@ -331,9 +335,9 @@ class TokenDynamics(nn.Module):
 
     forward = logits
 
-    def check(self, tokens: Tensor) -> None:
-        """Checks a batch of sequences of the vocabulary; see `logits` for what it raises."""
-        check_integers("tokens", tokens)
+    def checked(self, tokens: Tensor) -> Tensor:
+        """A batch of sequences of the vocabulary as int64; see `logits` for what it raises."""
+        tokens = as_integers("tokens", tokens)
         most, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= most:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (B, 1 ... {most})")
@@ -342,3 +346,4 @@ class TokenDynamics(nn.Module):
                 f"tokens are {int(tokens.min())} ... {int(tokens.max())}, allowed 0 ... "
                 f"{vocabulary - 1}"
             )
+        return tokens

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from wmgym.spaces import ACTION_DIM
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -84,17 +86,18 @@ class Vocabulary:
         return (place >= 0) & (place % self.frame >= ACTION_DIM)
 
 
-def check_integers(name: str, tokens: Tensor) -> None:
-    """Checks that tokens can be looked up.
+def as_integers(name: str, tokens: Tensor) -> Tensor:
+    """Tokens of any type of integers as int64.
 
     Raises:
         TypeError: They are no tensor of integers.
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+    if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS:
         given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(
             f"{name} are {given}, expected a tensor of integers: torch.as_tensor(...).long()"
         )
+    return tokens.long()
 
 
 PUBLISHED = Vocabulary()
