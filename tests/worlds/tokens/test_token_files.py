@@ -252,7 +252,11 @@ def test_a_folder_stands_for_the_only_dynamics_in_it(tmp_path):
     dynamics().save_pretrained(tmp_path / "transformer")
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     ActionTokens(bins=7).save(tmp_path)
-    for world in (load_world(tmp_path), load_token_world(tmp_path), resolve_world(tmp_path)):
+    for world in (
+        load_world(tmp_path),
+        load_token_world(tmp_path),
+        resolve_world(tmp_path, "cpu", "float32"),
+    ):
         assert world.actions.bins == 7
     dynamics().save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="is no world"):
