@@ -121,9 +121,9 @@ def _gradient_of_batch(job: GRPO, number: int) -> Tensor:
     job.run.step = number  # which starts and noise are drawn
     decisions, rewards, _ = job.rollout()
     (decision,), (advantages,) = decisions, job.advantages(rewards)
-    density, _ = job.policy.log_prob(decision.seen, decision.chain)
-    old = decision.chain.density
-    loss, _ = policy_loss(density, old, advantages.flatten(), job.config.clip)
+    new, _ = job.policy.log_prob(decision.seen, decision.chain)
+    old = decision.chain.log_prob
+    loss, _ = policy_loss(new, old, advantages.flatten(), job.config.clip)
     return _gradient(job, loss)
 
 

@@ -136,6 +136,18 @@ def test_as_a_program(tmp_path):
 # --- commands -----------------------------------------------------------------------------------
 
 
+def test_the_version_is_told(wmgym):
+    code, out, _ = wmgym("--version")
+    assert code in (0, None)
+    assert out == f"wmgym {cli.wmgym.__version__}\n"
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(wmgym, tiny_dataset, tmp_path):
+    (tmp_path / "out").write_text("")
+    code, *_ = wmgym("train", "--data", tiny_dataset, "--out", tmp_path / "out")
+    assert code == f"wmgym: {tmp_path / 'out'} is a file"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     for line in (["record", "--help"], ["report"]):
         program = subprocess.Popen(

@@ -63,7 +63,10 @@ def test_what_a_run_was_started_with_can_be_written_down(tmp_path):
 
     values = {"path": tmp_path, "sizes": (1, 2.5), "on": True, "none": None, "kind": "R3"}
     assert described(values) == {**values, "path": str(tmp_path), "sizes": [1, 2.5]}
-    assert described(local) == f"{__name__}:{local.__qualname__}"
+    assert described(test_other_failures_are_passed_on).endswith("are_passed_on")
+    assert described(local).startswith(f"{__name__}:{local.__qualname__}#")
+    assert described(lambda x: x + 1) == described(lambda x: x + 1)
+    assert described(lambda x: x + 1) != described(lambda x: x + 2)
     assert described(nn.Linear(1, 1)) == "torch.nn.modules.linear:Linear"
     assert function_of("wmgym.settings:described") is described
     for wrong in ("wmgym.settings:nothing", "no_such_module:f", "wmgym.settings:", ":f"):

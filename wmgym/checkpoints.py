@@ -8,9 +8,10 @@ folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,6 +187,16 @@ def _some(names: list[str], most: int = 10) -> str:
     """A list in words, cut where it gets long."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{names[:most]}{more}"
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """What changes when the contents of files do."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def reason_of(error: Exception) -> str:

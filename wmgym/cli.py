@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import wmgym
 from wmgym.data.episodes import Split
 from wmgym.extras import MissingExtraError
 
@@ -439,6 +440,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(_usage())
         return
+    if name == "--version":
+        print(f"wmgym {wmgym.__version__}")
+        return
     if name not in COMMANDS:
         print(f"{_usage()}\n\nwmgym: no such command: {name!r}", file=sys.stderr)
         sys.exit(2)
@@ -451,7 +455,9 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except FileExistsError as error:
+        sys.exit(f"wmgym: {error.filename} is a file" if error.filename else f"wmgym: {error}")
     except (ValueError, ArithmeticError, OSError, NotImplementedError, MissingExtraError) as error:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:
-        sys.exit("wmgym: interrupted; long jobs go on where they stopped when started again")
+        sys.exit("wmgym: interrupted; long jobs go on from their last checkpoint")

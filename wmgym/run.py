@@ -228,8 +228,8 @@ def descend(
     for part in [loss] if isinstance(loss, Tensor) else loss:
         check_finite(part, "loss", step)  # PyTorch's grid_sample crashes going back from NaN
         part.backward()
-    if here is not None and here.size > 1:
-        _average(weights, here)
+    if here is not None:
+        average_gradients(weights, here)
     norm = nn.utils.clip_grad_norm_(weights, clip)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # of weights that are spread over processes
@@ -238,8 +238,13 @@ def descend(
     return norm
 
 
-def _average(weights: Sequence[nn.Parameter], here: Processes) -> None:
-    """Replaces gradients by their means, some megabytes at once: each exchange costs a wait."""
+def average_gradients(weights: Sequence[nn.Parameter], here: Processes) -> None:
+    """Replaces gradients by their means over all processes.
+
+    Some megabytes are exchanged at once, for each exchange costs a wait.
+    """
+    if here.size == 1:
+        return
     buckets: dict[int, list[nn.Parameter]] = {}
     before = 0
     for weight in weights:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 
@@ -20,17 +23,55 @@ def check_numbers(config: Any, rule: str, *names: str) -> None:
         *names: The fields.
 
     Raises:
-        ValueError: A field breaks the rule, or is NaN or infinite.
+        ValueError: A field breaks the rule, is NaN or infinite, or is no integer where it is to be
+            one.
     """
     sign, bound = rule.split()
+    whole = {field.name for field in dataclasses.fields(config) if field.type in ("int", int)}
     for name in names:
         value, least = getattr(config, name), float(bound)
+        if name in whole and not isinstance(value, int):
+            raise ValueError(f"{name}={value!r}: must be an integer {rule}")
         if not (least < value < math.inf or (sign == ">=" and value == least)):
             raise ValueError(f"{name}={value}: must be {rule} and finite")
 
 
+def check_choices(config: Any, **allowed: Iterable[Any]) -> None:
+    """Checks fields that have a few values, or that hold some of a few, at least one, each once.
+
+    Args:
+        config: The configuration.
+        **allowed: What a field may be; where it is a tuple, what may be in it.
+
+    Raises:
+        ValueError: A field is, or holds, something else, nothing, or something twice.
+    """
+    for name, choices in allowed.items():
+        value, possible = getattr(config, name), list(choices)
+        several = isinstance(value, tuple)
+        given = value if several else (value,)
+        if not given or any(one not in possible for one in given) or len(set(given)) < len(given):
+            kind = "some of, each once," if several else "one of"
+            raise ValueError(f"{name}={value!r}: allowed are {kind} {possible}")
+
+
+def check_distinct(config: Any, *names: str) -> None:
+    """Checks fields that are tuples with something in them, nothing twice; None is left aside.
+
+    Raises:
+        ValueError: A field is empty, or holds something twice.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"{name}={value!r}: must name at least one, and none twice")
+
+
 def described(value: Any) -> Any:
-    """A value as JSON: functions as `module:function`, other objects by their class."""
+    """A value as JSON: functions as `module:function`, other objects by their class.
+
+    Functions that have no name to be found by, such as lambdas, bear a digest of their code.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
@@ -40,7 +81,13 @@ def described(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}:{named.__qualname__}"
+    name = f"{named.__module__}:{named.__qualname__}"
+    code = getattr(value, "__code__", None)
+    if code is None or "<" not in name:
+        return name
+    constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
+    said = repr((code.co_code, constants, code.co_names)).encode()
+    return f"{name}#{hashlib.sha256(said).hexdigest()[:8]}"
 
 
 def function_of(name: str) -> Callable[..., Any]:

@@ -7,16 +7,19 @@ same name are never taken for its own.
 
 from __future__ import annotations
 
-import hashlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmgym.checkpoints import CONFIG, WEIGHTS, model_folder
+from wmgym.checkpoints import CONFIG, WEIGHTS, digest_of, model_folder
+from wmgym.data import StoredDataset
 from wmgym.distributed import resolve_device
+from wmgym.envs.resources import resolve_dataset
 from wmgym.settings import function_of
+from wmgym.worlds.checkpoints import world_files, world_folder
 from wmgym_agents.policy import STATISTICS, FlowVLA, Observation
 
 
@@ -87,9 +90,26 @@ def digest(policy: str) -> str | None:
     """
     if _is_function(policy):
         return None
-    folder, digest = model_folder("policy", policy), hashlib.sha256()
-    for name in (CONFIG, STATISTICS, WEIGHTS):
-        with (folder / name).open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    folder = model_folder("policy", policy)
+    return digest_of(folder / name for name in (CONFIG, STATISTICS, WEIGHTS))
+
+
+def digests(world: Any, dataset: Any, suite: str) -> dict[str, str]:
+    """Digests of the files that a world and its demonstrations are read from.
+
+    Args:
+        world: As in the environment, like the following; an object has no digest.
+        dataset: The demonstrations.
+        suite: Suite of those that ship.
+
+    Returns:
+        `world_digest` and `data_fingerprint`, as far as there are files.
+    """
+    found = {}
+    if isinstance(world, (str, os.PathLike)):
+        files = world_files(world_folder(os.fspath(world)))
+        found["world_digest"] = digest_of(path for path in files if path.exists())
+    source = resolve_dataset(dataset, suite)
+    if isinstance(source, StoredDataset):
+        found["data_fingerprint"] = source.fingerprint()[:16]
+    return found

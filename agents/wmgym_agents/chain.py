@@ -74,14 +74,14 @@ class Chain:
 
     Attributes:
         states: `(B, K + 1, T, 7)` from noise to normalised actions.
-        random: `(B, S)` int64, numbers of the steps that were random.
-        density: `(B, M, 7)` their log-densities when they were drawn, summed over the steps; `M`
+        noisy_steps: `(B, S)` int64, numbers of the steps that were random.
+        log_prob: `(B, M, 7)` their log-densities when they were drawn, summed over the steps; `M`
             is the number of modes, `T` for white noise.
     """
 
     states: Tensor
-    random: Tensor
-    density: Tensor
+    noisy_steps: Tensor
+    log_prob: Tensor
 
     @property
     def actions(self) -> Tensor:
@@ -90,7 +90,7 @@ class Chain:
 
     def rows(self, index: Tensor) -> Chain:
         """Some of the chains."""
-        return Chain(self.states[index], self.random[index], self.density[index])
+        return Chain(self.states[index], self.noisy_steps[index], self.log_prob[index])
 
 
 def _distribution(
@@ -131,7 +131,7 @@ def _coefficients(config: ChainConfig, basis: Tensor, log_sigma: Tensor) -> Norm
     """Distribution of the coefficients `(B, M, 7)` of a step's noise."""
     if config.modes is not None:
         log_sigma = log_sigma.mean(dim=-2, keepdim=True).expand(-1, config.modes, -1)
-    return Normal(torch.zeros_like(log_sigma), log_sigma.exp())
+    return Normal(torch.zeros_like(log_sigma), log_sigma.exp(), validate_args=False)
 
 
 @torch.no_grad()
@@ -170,33 +170,33 @@ def sample(
     count = len(noise)
     if config.noise == "flow_sde":
         which = rows(torch.rand, len(context), (1,), generator)
-        random = 1 + (which * (config.steps - 1)).long().clamp(max=config.steps - 2)
-        random = random.repeat_interleave(group_size, 0)
+        noisy_steps = 1 + (which * (config.steps - 1)).long().clamp(max=config.steps - 2)
+        noisy_steps = noisy_steps.repeat_interleave(group_size, 0)
     else:
         every = 0 if config.noise == "none" else config.steps
-        random = torch.arange(every).expand(count, -1)
-    random = random.to(context.device)
+        noisy_steps = torch.arange(every).expand(count, -1)
+    noisy_steps = noisy_steps.to(context.device)
 
     x = noise[:, 0] if first is None else first.to(noise).repeat_interleave(group_size, 0)
     basis = _basis(config, x)
-    states, density = [x], x.new_zeros(count, basis.shape[1], ACTION_DIM)
+    states, total = [x], x.new_zeros(count, basis.shape[1], ACTION_DIM)
     for number in range(config.steps):
         k = torch.full((count,), number, device=x.device)
         t = k.to(x.dtype) / config.steps
-        noisy = (random == number).any(dim=1)
+        noisy = (noisy_steps == number).any(dim=1)
         if noisy.any():
             mean, log_sigma = _distribution(head, config, x, k, context, proprio)
             spread = _coefficients(config, basis, log_sigma)
             push = spread.scale * noise[:, number + 1, : basis.shape[1]]
             drawn = mean + basis @ push
-            density += torch.where(noisy[:, None, None], spread.log_prob(push), 0.0)
+            total += torch.where(noisy[:, None, None], spread.log_prob(push), 0.0)
         if noisy.all():
             x = drawn
         else:
             still = x - head.velocity(x, t, context, proprio).float() / config.steps
             x = torch.where(noisy[:, None, None], drawn, still) if noisy.any() else still
         states.append(x)
-    return Chain(torch.stack(states, dim=1), random, density)
+    return Chain(torch.stack(states, dim=1), noisy_steps, total)
 
 
 def log_prob(
@@ -220,18 +220,18 @@ def log_prob(
     Raises:
         ValueError: The chains have no random step.
     """
-    count, random_steps = chain.random.shape
-    if not random_steps:
+    count, steps = chain.noisy_steps.shape
+    if not steps:
         raise ValueError(
             f'chains drawn with noise="none" have no likelihood: draw with one of {NOISES}'
         )
-    each = torch.arange(count, device=chain.random.device)[:, None]
-    x = chain.states[each, chain.random].flatten(0, 1)
-    after = chain.states[each, chain.random + 1].flatten(0, 1)
-    mean, log_sigma = _distribution(head, config, x, chain.random.flatten(), context, proprio)
+    each = torch.arange(count, device=chain.noisy_steps.device)[:, None]
+    x = chain.states[each, chain.noisy_steps].flatten(0, 1)
+    after = chain.states[each, chain.noisy_steps + 1].flatten(0, 1)
+    mean, log_sigma = _distribution(head, config, x, chain.noisy_steps.flatten(), context, proprio)
     basis = _basis(config, mean)
     spread = _coefficients(config, basis, log_sigma)
     likely = spread.log_prob(basis.T @ (after - mean))
-    density = likely.unflatten(0, (count, random_steps)).sum(dim=1)
-    entropy = spread.entropy().unflatten(0, (count, random_steps)).mean(dim=1)
-    return density, entropy
+    total = likely.unflatten(0, (count, steps)).sum(dim=1)
+    entropy = spread.entropy().unflatten(0, (count, steps)).mean(dim=1)
+    return total, entropy

@@ -47,6 +47,8 @@ class CompareConfig:
         if len(set(self.folders)) != len(self.folders) or len(self.folders) < 2:
             names = " ".join(map(str, self.folders))
             raise ValueError(f"folders={names!r}: name two or more different ones")
+        if self.out.suffix != ".json":
+            raise ValueError(f"out={str(self.out)!r}: name a .json; the page lies beside it")
 
 
 def compare(config: CompareConfig, command: str) -> dict[str, Any]:

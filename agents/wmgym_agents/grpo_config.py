@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from wmgym.envs.scoring import RewardFunction
-from wmgym.settings import check_numbers
+from wmgym.settings import check_choices, check_distinct, check_numbers
+from wmgym.worlds.world import DTYPES
 from wmgym_agents.chain import NOISES, StochasticNoise
 from wmgym_agents.objective import Advantage, ClipConfig
 
@@ -101,11 +102,15 @@ class GRPOConfig:
         check_numbers(self, ">= 1", "reward_every", "save_every")
         check_numbers(self, ">= 2", "members")
         check_numbers(self, ">= 0", "entropy", "imitation", "warmup", "weight_decay", "film_every")
+        check_numbers(self, ">= 0", "seed")
         check_numbers(self, "> 0", "learning_rate", "sigma_learning_rate", "max_norm")
-        if self.noise not in NOISES:
-            raise ValueError(f"noise={self.noise!r}: allowed are {NOISES}")
-        named = isinstance(self.reward, str) and ":" not in self.reward
-        if named and self.reward not in ("R1", "R2", "R3"):
+        check_choices(self, noise=NOISES, advantage=get_args(Advantage), dtype=DTYPES)
+        check_choices(self, reference_actions=("recorded", "intended"))
+        check_distinct(self, "tasks")
+        if self.modes is not None:
+            check_numbers(self, ">= 1", "modes")
+        named = isinstance(self.reward, str) and ":" in self.reward
+        if not (named or callable(self.reward) or self.reward in ("R1", "R2", "R3")):
             raise ValueError(
                 f"reward={self.reward!r}: allowed are R1, R2, R3, module:function or a function"
             )

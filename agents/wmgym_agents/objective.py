@@ -108,7 +108,7 @@ def policy_loss(
 
     Returns:
         The loss, and detached figures: `ratio`, `ratio_error` (largest distance to 1 in a chunk),
-        `clip_fraction`, `kl` (`old - new`). All are means over the chunks.
+        `clip_fraction`, `approx_kl` (`old - new`, of either sign). All are means over the chunks.
     """
     difference = new - old
     if clip.ratio == "chunk":
@@ -123,7 +123,7 @@ def policy_loss(
         "ratio": ratio.mean(),
         "ratio_error": (ratio - 1).abs().amax(dim=(1, 2)).mean(),
         "clip_fraction": (clipped > plain).float().mean(),
-        "kl": (old - new).mean(),
+        "approx_kl": (old - new).mean(),
     }
     return loss.mean(), {name: value.detach() for name, value in figures.items()}
 

@@ -34,6 +34,7 @@ _PROTOCOL = {
     "temperature": "temperature of its noise",
     "image_size": "image size, pixels",
     "fast_rendering": "simplified rendering",
+    "physics": "versions of the physics",
     "chunk": "actions per look",
     "max_steps": "step limit",
     "seed": "seed",

@@ -382,9 +382,11 @@ class FlowVLA(nn.Module):
             statistics = Statistics.load(folder / STATISTICS, STATISTICS_KEY)
             with torch.random.fork_rng(devices=[]):
                 model = cls(_read_shape(document["policy"], kind, folder), statistics)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{folder} is no whole policy: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder} does not describe a policy: {error!r}") from None
         if isinstance(model.encoder, VLAAdapterEncoder):
             model.encoder.tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def check_lengths(envs: WorldModelVectorEnv, chunks: int) -> None:
 
 
 class Watch:
-    """The same starts again and again: of held-out demonstrations, or of all if none is held out.
+    """The same starts again and again, of the demonstrations that training starts from.
+
+    So whoever chooses by what it shows does not choose by what reports are about.
 
     Args:
         policy: The policy before training.
@@ -63,12 +66,8 @@ class Watch:
     """
 
     def __init__(self, policy: FlowVLA, chunks: int, **env_kwargs: Any) -> None:
-        self._chunks, self._env_kwargs = chunks, env_kwargs | {"split": "held_out"}
-        try:
-            self._envs = WorldModelVectorEnv(_STARTS, **self._env_kwargs)
-        except ValueError:  # none is held out: those that training uses were accepted before
-            self._env_kwargs = env_kwargs
-            self._envs = WorldModelVectorEnv(_STARTS, **self._env_kwargs)
+        self._chunks, self._env_kwargs = chunks, env_kwargs
+        self._envs = WorldModelVectorEnv(_STARTS, **env_kwargs)
         self._before = self._play(policy, self._envs)[0]
 
     @torch.no_grad()
@@ -85,7 +84,9 @@ class Watch:
 
     @torch.no_grad()
     def film(self, policy: FlowVLA, path: Path) -> None:
-        """Writes an mp4 of four rollouts: policy, reference actions, and difference.
+        """Writes an mp4 of four rollouts: policy, reference actions, and difference, with R3.
+
+        They are of four tasks, if there are as many.
 
         Args:
             policy: Who acts.
@@ -93,18 +94,36 @@ class Watch:
         """
         kwargs = self._env_kwargs | {"reward": "R3", "reward_every": 1, "cache_mb": 0}
         with contextlib.closing(WorldModelVectorEnv(_FILMED, **kwargs)) as envs:
-            _, rewards, steps = self._play(policy, envs)
+            options = {
+                "episode_id": [start.info.episode_id for start in self._filmed],
+                "frame_index": [start.frame_index for start in self._filmed],
+            }
+            _, rewards, steps = self._play(policy, envs, options)
             tapes = [_pictures(envs.starts[row], row, steps, rewards) for row in range(_FILMED)]
         with VideoWriter(path, _FPS) as video:
             for number in range(max(map(len, tapes)) + _HELD):
                 video.write(_grid([tape[min(number, len(tape) - 1)] for tape in tapes]))
 
+    @property
+    def _filmed(self) -> list[Start]:
+        """Starts that are filmed: one of every task, then another of every task, and so on."""
+        tasks: dict[int, dict[tuple[int, int], Start]] = {}
+        for start in self._envs.starts:
+            place = (start.info.episode_id, start.frame_index)
+            tasks.setdefault(start.info.task_id, {})[place] = start
+        turns = itertools.zip_longest(*(starts.values() for starts in tasks.values()))
+        found = [start for turn in turns for start in turn if start is not None]
+        return list(itertools.islice(itertools.cycle(found), _FILMED))
+
     def _play(
-        self, policy: FlowVLA, envs: WorldModelVectorEnv
+        self,
+        policy: FlowVLA,
+        envs: WorldModelVectorEnv,
+        options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, list[RewardInputs]]:
         """First chunks `(n, T, 7)`, rewards `(chunks, n)`, and what these were computed from."""
         generator = torch.Generator().manual_seed(_SEED)
-        seen, info = envs.reset(seed=_SEED)
+        seen, info = envs.reset(seed=_SEED, options=options)
         check_lengths(envs, self._chunks)
         chunks, rewards, steps = [], [], []
         for _ in range(self._chunks):
@@ -132,7 +151,10 @@ def _pictures(
             both = torch.stack([inputs.frames[row, t], inputs.reference_frames[row, t]])
             trace.append(reward)
             frames.append(StepFrames(len(trace), *to_images(both).cpu().numpy()))
-    detail = f"task {info.task_id} · episode {info.episode_id} · from frame {start.frame_index}"
+    detail = (
+        f"task {info.task_id} · episode {info.episode_id} · from frame {start.frame_index} · "
+        "reward: R3 of the chunk"
+    )
     picture = StepPicture(info.instruction, detail, frames[0], len(trace))
     return [picture.compose(each, trace[: each.step], {}) for each in frames]
 

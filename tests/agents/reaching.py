@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import small
+import torch
 
 
 class Reaching:
@@ -43,6 +44,24 @@ class Fickle(Reaching):
 
 def fickle():
     return Fickle((1, 8, 7))
+
+
+class Learner(Reaching):
+    def act(self, observation):
+        return torch.tensor(super().act(observation), requires_grad=True)
+
+
+def learner():
+    return Learner((1, 8, 7))
+
+
+class Talking(Reaching):
+    def act(self, observation):
+        return ["forward", "please"]
+
+
+def talking():
+    return Talking((1, 8, 7))
 
 
 def nothing():

@@ -44,24 +44,24 @@ class GaussianToy:
 def test_log_prob_is_that_of_the_steps_one_by_one(config):
     head, chain, context, proprio = draw(config)
     density, entropy = log_prob(head, config, chain, context, proprio)
-    torch.testing.assert_close(chain.density, density, atol=2e-5, rtol=0)
+    torch.testing.assert_close(chain.log_prob, density, atol=2e-5, rtol=0)
     for row in range(12):
         seen = context[row // 4, None], proprio[row // 4, None]
         expected, randomness = torch.zeros(8, 7), torch.zeros(8, 7)
-        for k in chain.random[row]:
+        for k in chain.noisy_steps[row]:
             x, after = chain.states[row, k, None], chain.states[row, k + 1, None]
             mean, log_sigma = _distribution(head, config, x, k[None], *seen)
             expected += Normal(mean[0], log_sigma[0].exp()).log_prob(after[0])
             randomness += log_sigma[0] + 0.5 * math.log(2 * math.pi * math.e)
         torch.testing.assert_close(density[row], expected, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(entropy[row], randomness / len(chain.random[row]))
+        torch.testing.assert_close(entropy[row], randomness / len(chain.noisy_steps[row]))
 
 
 @pytest.mark.parametrize("config", NOISY, ids=ids)
 def test_the_gradient_of_log_prob_is_that_of_finite_differences(config):
     head, chain, context, proprio = draw(config, rows=1, group_size=2)
     head.double()
-    chain = Chain(chain.states.double(), chain.random, chain.density)
+    chain = Chain(chain.states.double(), chain.noisy_steps, chain.log_prob)
     seen = context.double(), proprio.double()
     weight = head.action_head.final_layer.linear.weight
 
@@ -132,15 +132,15 @@ def test_what_the_first_observations_get_does_not_depend_on_how_many_follow():
 def test_flow_sde_has_one_noisy_step_and_the_rest_follow_the_flow():
     config = ChainConfig(steps=5, noise="flow_sde")
     head, chain, context, proprio = draw(config, rows=6, group_size=2)
-    assert chain.random.shape == (12, 1)
-    assert 1 <= chain.random.min() < chain.random.max() <= config.steps - 1
-    assert torch.equal(chain.random[::2], chain.random[1::2])
+    assert chain.noisy_steps.shape == (12, 1)
+    assert 1 <= chain.noisy_steps.min() < chain.noisy_steps.max() <= config.steps - 1
+    assert torch.equal(chain.noisy_steps[::2], chain.noisy_steps[1::2])
     for k in range(config.steps):
         x, t = chain.states[:, k], torch.full((12,), k / config.steps)
         with torch.no_grad():
             flow = x - head.velocity(x, t, context, proprio) / config.steps
         follows = (chain.states[:, k + 1] - flow).abs().amax(dim=(1, 2)) < 1e-5
-        assert torch.equal(follows, chain.random[:, 0] != k)
+        assert torch.equal(follows, chain.noisy_steps[:, 0] != k)
 
 
 def test_without_noise_there_is_no_likelihood():

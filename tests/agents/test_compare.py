@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from wmgym_agents.compare import CompareConfig, compare, overview, table
@@ -73,6 +74,11 @@ def test_settings_are_told_apart_and_together_by_start(tmp_path):
     assert head == ["suite", "arm", "standard", "jitter", "all", "episodes", "gain", "95 %", "p"]
     assert base == ["libero_object", str(first), *["0.0 %"] * 3, "40", "", "", ""]
     assert better[2:7] == [*["50.0 % (**+50.0**)"] * 2, "50.0 %", "40", "+50.0"]
+
+
+def test_a_report_that_its_page_would_replace_is_refused():
+    with pytest.raises(ValueError, match=r"out='x\.html': name a \.json"):
+        CompareConfig((Path("a"), Path("b")), Path("x.html"))
 
 
 def test_gains_that_may_be_none_are_not_bold(tmp_path):

@@ -175,10 +175,29 @@ def test_an_error_of_the_policy_ends_the_evaluation_with_its_cause(toy, tmp_path
     with pytest.raises(RuntimeError, match="the policy failed in Episode") as failure:
         evaluate(config(tmp_path, policy="reaching:stumbling"), progress=False)
     assert isinstance(failure.value.__cause__, KeyError)
-    with pytest.raises(ValueError, match=r"actions of shape \(7,\), expected \(1, T, 7\)"):
+    with pytest.raises(ValueError, match=r"shape \(7,\) in Episode.*, expected \(1, T, 7\)"):
         evaluate(config(tmp_path / "shape", policy="reaching:wrong"), progress=False)
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in Episode\(task_id=0"):
         evaluate(config(tmp_path / "nan", policy="reaching:dizzy"), progress=False)
+    with pytest.raises(ValueError, match=r"returned a list in Episode.*expected numbers"):
+        evaluate(config(tmp_path / "words", policy="reaching:talking"), progress=False)
+
+
+def test_a_policy_may_return_tensors_that_know_their_gradient(toy, tmp_path):
+    settings = [
+        config(tmp_path / name, policy=f"reaching:{name}") for name in ("learner", "policy")
+    ]
+    learner, plain = (evaluate(one, progress=False) for one in settings)
+    assert [o["success"] for o in learner.values()] == [o["success"] for o in plain.values()]
+
+
+def test_an_evaluation_of_other_physics_is_another_one(toy, tmp_path, monkeypatch):
+    settings = config(tmp_path)
+    evaluate(settings, progress=False)
+    assert "mujoco 3." in settings.header["physics"]
+    monkeypatch.setattr(module, "version", lambda name: "99")
+    with pytest.raises(ValueError, match=r"physics 'mujoco 3\..* and 'mujoco 99"):
+        evaluate(settings, progress=False)
 
 
 def test_episodes_of_an_earlier_run_are_told(toy, tmp_path, caplog):
@@ -312,7 +331,12 @@ def test_pictures_have_the_size_that_the_policy_says(toy, tmp_path):
     ("changes", "reason"),
     [
         ({"tasks": (99,)}, r"libero_object has tasks 0\.\.\.9"),
-        ({"tasks": ()}, "name one or more"),
+        ({"tasks": ()}, "name at least one"),
+        ({"init_states": (40, 40)}, "none twice"),
+        ({"settings": ("standard", "standard")}, "each once"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"seed": -1}, "seed=-1"),
         ({"init_states": (40, 50)}, r"stores initial states 0\.\.\.49"),
         ({"settings": ("tilted",)}, "allowed are"),
         ({"videos": -2}, "must be >= 0"),

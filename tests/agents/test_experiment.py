@@ -24,7 +24,7 @@ def trained(monkeypatch):
     def grpo(config, **_):
         runs.append(config)
         config.out.mkdir(parents=True, exist_ok=True)
-        lines = [{"step": s, "group": "rft", "rollout_s": 2.0, "update_s": 0.5} for s in (1, 2)]
+        lines = [{"step": s, "group": "rft", "seconds": 2.5 * s} for s in (1, 2)]
         lines.append({"step": 2, "group": "watch", "reward": 0.0})
         (config.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return config.out / "policy"
@@ -162,5 +162,14 @@ def test_every_outcome_is_in_the_report(trained, tmp_path, monkeypatch):
 
 
 def test_unknown_arms_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="allowed arms are"):
-        config(tmp_path, arms=("R4",))
+    for changes, said in (
+        ({"arms": ("R4",)}, r"arms=\('R4',\): allowed are some of"),
+        ({"arms": ("R3", "R3")}, "arms=.*each once"),
+        ({"settings": ("windy",)}, "settings="),
+        ({"seeds": ()}, "seeds="),
+        ({"temperatures": (1.0, 1.0)}, "temperatures="),
+        ({"steps": 0}, "steps=0"),
+        ({"workers": 0}, "workers=0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config(tmp_path, **changes)

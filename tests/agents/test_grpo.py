@@ -14,8 +14,10 @@ import pytest
 import small
 import torch
 from rft_tiny import config, toy
+from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import SIZE, ToyDataset
+from wmgym_agents.acting import digests
 from wmgym_agents.chain import NOISES
 from wmgym_agents.encoder import EncoderConfig
 from wmgym_agents.grpo import GRPO, grpo
@@ -115,7 +117,10 @@ def test_only_head_projectors_and_noise_learn(noise, base, tmp_path):
     changed = {n.split(".")[1] for n, t in trained.state_dict().items() if not t.equal(before[n])}
     modules = {"action_head", "noisy_action_projector", "proprio_projector"}
     assert changed == modules | ({noise} - {"flow_sde"})
-    assert torch.equal(trained.head.action_head.temp_embed, before["head.action_head.temp_embed"])
+    tables = [name for name in before if name.endswith("temp_embed")]
+    assert len(tables) == 2
+    for name in tables:
+        assert torch.equal(trained.state_dict()[name], before[name])
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
@@ -202,6 +207,23 @@ def test_a_run_does_not_go_on_from_another_policy_of_the_same_name(base, tmp_pat
         grpo(config(folder, tmp_path / "run", steps=2), progress=False, **toy())
 
 
+def test_a_run_does_not_go_on_in_another_world_or_from_other_data(
+    base, tmp_path, tiny_world, tiny_dataset
+):
+    world, data = (
+        shutil.copytree(folder, tmp_path / name)
+        for folder, name in ((tiny_world, "world"), (tiny_dataset, "data"))
+    )
+    before = digests(world, data, "libero_object")
+    assert before == digests(tiny_world, tiny_dataset, "libero_object")
+    weights = load_file(world / "model.safetensors")
+    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, world / "model.safetensors")
+    now = digests(world, data, "libero_object")
+    assert [name for name in now if now[name] != before[name]] == ["world_digest"]
+    assert digests(tiny_world, None, "libero_object")["data_fingerprint"] != now["data_fingerprint"]
+    assert digests(object(), ToyDataset(), "libero_object") == {}
+
+
 def test_shares_of_the_starts_make_up_the_whole(base, tmp_path):
     """Each of two processes draws at its starts what one process draws there."""
     whole = GRPO(config(base, tmp_path), ALONE, **toy())
@@ -225,7 +247,8 @@ def test_what_is_imagined_is_filmed_from_the_same_starts(base, tmp_path):
     videos = [iio.imread(path).astype(int) for path in paths]
     assert {len(video) for video in videos} == {1 + 8 + 6}
     first, last = videos[0], videos[2]
-    assert np.abs(first[8] - first[-1]).max() < 30  # the last one is held
+    assert np.abs(first[8] - first[-1]).mean() < 0.2  # the last one is held, but for compression
+    assert np.abs(first[8] - first[-1]).max() < 60
     assert np.abs(first[8] - first[0]).max() > 100
     size, gap = 6 * SIZE[0], 16
     for left in (0, first.shape[2] // 2):  # two rollouts side by side, and two below them
@@ -237,15 +260,15 @@ def test_what_is_imagined_is_filmed_from_the_same_starts(base, tmp_path):
         assert reference.max() < 40
 
 
-def test_the_watch_looks_at_what_is_held_out_where_there_is_some(base):
+def test_the_watch_does_not_look_at_what_reports_are_about(base):
     policy = FlowVLA.from_pretrained(base)
     kwargs = {"action_chunk": 4, "horizon": 4, "output": "torch", "autoreset_mode": "Disabled"}
-    for held_out in ((), (3,)):
-        watch = Watch(policy, 1, **kwargs, **toy(dataset=ToyDataset(held_out=held_out)))
-        seen = {start.info.episode_id for start in watch._envs.starts}
-        assert seen == (set(held_out) or {0, 1, 2, 3})
-        assert watch.figures(policy)["drift"] == 0
-        watch.close()
+    watch = Watch(policy, 1, **kwargs, **toy(dataset=ToyDataset(held_out=(3,))))
+    assert {start.info.episode_id for start in watch._envs.starts} == {0, 1, 2}
+    filmed = {(start.info.episode_id, start.frame_index) for start in watch._filmed}
+    assert len(filmed) == 4
+    assert watch.figures(policy)["drift"] == 0
+    watch.close()
 
 
 def test_only_the_main_process_watches(base, tmp_path, monkeypatch):
@@ -268,12 +291,15 @@ def test_only_the_main_process_watches(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_micro_batches_change_nothing_but_memory(chunks, base, tmp_path):
-    """Nor does a number of starts that they do not divide."""
+    """Nor does a number of starts that they do not divide, nor a gate of the measured KL."""
     updated, figures = [], []
+    gated = {"imitation_gate": True, "imitation": 1.0, "epochs": 2}
     for micro in (5, 1, 2, 3):
-        settings = config(base, tmp_path, starts=5, micro_starts=micro, chunks=chunks)
+        settings = config(base, tmp_path, starts=5, micro_starts=micro, chunks=chunks, **gated)
         job = GRPO(settings, ALONE, **toy())
         decisions, rewards, _ = job.rollout()
+        for decision in decisions:  # as if an earlier policy had drawn half of the starts
+            decision.chain.log_prob[: len(decision.chain.log_prob) // 2] += 0.3
         told, _ = job.update(decisions, job.advantages(rewards), job.rates(0))
         figures.append(told)
         updated.append({n: p.grad for n, p in job.policy.named_parameters() if p.grad is not None})
@@ -311,8 +337,7 @@ def test_a_step_tells_what_happened_in_one_exchange(base, tmp_path, monkeypatch)
     job = GRPO(config(base, tmp_path, warmup=4), ALONE, **toy())
     job.run.step = 1  # the checks of the first step exchange on their own
     figures = job.step()
-    weights = [w for m in job.modules.values() for w in m.parameters() if w.grad is not None]
-    assert len(exchanged) == len(weights) + 2  # gradients, rewards, figures
+    assert len(exchanged) == 2  # rewards and figures; gradients where there are several processes
     assert {value.dtype for value in exchanged} == {torch.float32}
     low, high = job.policy.config.head.sigma
     assert low < figures["sigma"] < high
@@ -374,6 +399,12 @@ def test_a_first_step_that_cannot_teach_is_refused(base, tmp_path, monkeypatch):
         grpo(config(base, tmp_path / "b"), progress=False, **toy())
 
 
+def test_a_run_that_diverges_says_what_to_do(base, tmp_path):
+    wild = config(base, tmp_path, steps=3, learning_rate=1e30, sigma_learning_rate=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match="lower learning_rate and sigma_learning_rate"):
+        grpo(wild, progress=False, **toy())
+
+
 def test_a_policy_whose_actions_are_mostly_clipped_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(FlowVLA, "clipped", lambda self, actions: torch.tensor(0.7))
     with pytest.raises(ValueError, match=r"70% of the policy's numbers are outside \[-1, 1\]"):
@@ -392,6 +423,14 @@ def test_episodes_that_end_before_the_last_chunk_are_named(base, tmp_path):
         ({"members": 1}, "members=1: must be >= 2"),
         ({"steps": 0}, "steps=0: must be >= 1"),
         ({"noise": "none"}, "noise='none'"),
+        ({"starts": 2.5}, "starts=2.5: must be an integer >= 1"),
+        ({"advantage": "best"}, "advantage='best': allowed are"),
+        ({"dtype": "float8"}, "dtype='float8': allowed are"),
+        ({"reference_actions": "no"}, "reference_actions='no': allowed are"),
+        ({"tasks": ()}, r"tasks=\(\): must name at least one"),
+        ({"modes": 0}, "modes=0: must be >= 1"),
+        ({"reward": 3}, "reward=3: allowed are R1, R2, R3"),
+        ({"seed": -1}, "seed=-1: must be >= 0"),
         ({"reward": "R4"}, "reward='R4': allowed are R1, R2, R3, module:function"),
         ({"imitation_gate": True}, "imitation_gate=True with epochs=1"),
         ({"learning_rate": -1e-6}, "learning_rate=-1e-06: must be > 0"),

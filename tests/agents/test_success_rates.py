@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from wmgym_agents.statistics import gain, mcnemar, rate, wilson
+from wmgym_agents.statistics import _t, gain, mcnemar, rate, wilson
 
 
 def test_wilson_interval_has_the_values_of_its_formula():
@@ -117,14 +117,21 @@ def test_the_gain_lies_in_its_interval_as_often_as_it_should(truth):
     assert 0.935 < np.mean(inside) < 0.985
 
 
-@pytest.mark.parametrize(("truth", "alike"), [(0.7, 0.0), (0.7, 0.6), (0.7, 1.0), (0.93, 0.5)])
-def test_the_rate_lies_in_its_interval_as_often_as_it_should(truth, alike):
+@pytest.mark.parametrize(
+    ("truth", "alike", "starts"),
+    [
+        *((0.7, 0.0, 100), (0.7, 0.6, 100), (0.7, 1.0, 100), (0.93, 0.5, 100)),
+        *((0.7, 0.3, 10), (0.7, 0.7, 10), (0.8, 0.9, 10)),
+    ],
+)
+def test_the_rate_lies_in_its_interval_as_often_as_it_should(truth, alike, starts):
     """95 % of the time, however alike two seeds and two settings are on a start."""
     rng = np.random.default_rng(0)
     inside, naive = [], []
     for _ in range(1500):
-        common = rng.random((100, 1))
-        own = np.where(rng.random((100, 4)) < alike, common, rng.random((100, 4))) < truth
+        common = rng.random((starts, 1))
+        chosen = rng.random((starts, 4)) < alike
+        own = np.where(chosen, common, rng.random((starts, 4))) < truth
         told = rate(plays(own[:, :2], 2), plays(own[:, 2:], 2))
         low, high = told["interval"]
         inside.append(low <= truth <= high)
@@ -151,6 +158,21 @@ def test_the_gain_of_several_seeds_and_settings_lies_in_its_interval(first, seco
     assert 0.935 < np.mean(inside) < 0.985
     if first == second:
         assert np.mean(surprised) < 0.065
+
+
+def test_students_t_is_that_of_tables():
+    for freedom, table in ((5, 2.5706), (9, 2.2622), (99, 1.9842)):
+        assert _t(0.95, freedom) == pytest.approx(table, rel=2e-3)
+
+
+def test_no_score_is_surer_than_a_perfect_one():
+    lows = []
+    for failures in range(4):
+        outcomes = [True] * 30
+        outcomes[:failures] = [False] * failures
+        lows.append(rate(plays(outcomes, 3))["interval"][0])
+    assert lows == sorted(lows, reverse=True)
+    assert lows[0] == round(wilson(1.0, 10)[0], 4)
 
 
 def test_a_rate_tells_counts_and_interval():

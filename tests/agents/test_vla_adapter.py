@@ -234,7 +234,7 @@ def test_chains_have_the_density_they_were_drawn_with(policy):
     _, chain = policy.sample(seen, 4, generator())
     density, entropy = policy.log_prob(seen, chain)
     assert density.shape == entropy.shape == (12, 4, 7)
-    assert ((density - chain.density).exp() - 1).abs().max() < 1e-4
+    assert ((density - chain.log_prob).exp() - 1).abs().max() < 1e-4
     density.mean().backward()
     assert policy.head.action_head.context_adapter.weight.grad.abs().sum() > 0
 
