@@ -154,7 +154,7 @@ def denoised(policy: FlowVLA, x: Tensor, tokens: Tensor, proprio: Tensor) -> Ten
 def _gradient(job: GRPO, loss: Tensor) -> Tensor:
     """Gradient of the weights that make actions, but not their noise."""
     modules = ("action_head", "noisy_action_projector", "proprio_projector")
-    weights = [w for name in modules for w in job.modules[name].parameters() if w.requires_grad]
+    weights = [weight for name in modules for weight in job.trained[name]]
     gradients = torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 

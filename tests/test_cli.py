@@ -149,7 +149,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(wmgym, tiny_dataset, tmp_path)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    for line in (["record", "--help"], ["report"]):
+    for line in (["--help"], ["record", "--help"], ["report"]):
         program = subprocess.Popen(
             [sys.executable, "-m", "wmgym", *line],
             stdout=subprocess.PIPE,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 
 import pytest
 import torch
+from programs import ENVIRONMENT
 from torch import nn
 
 from wmgym.checkpoints import save_tensors
@@ -67,6 +69,29 @@ def test_what_a_run_was_started_with_can_be_written_down(tmp_path):
     assert described(local).startswith(f"{__name__}:{local.__qualname__}#")
     assert described(lambda x: x + 1) == described(lambda x: x + 1)
     assert described(lambda x: x + 1) != described(lambda x: x + 2)
+
+    def times(factor):
+        return lambda x: factor * x
+
+    assert described(times(1)) == described(times(1)) != described(times(2))
+
+
+def test_functions_without_a_name_are_described_alike_by_every_process():
+    line = (
+        "from wmgym.settings import described; "
+        "print(described(lambda n: n in {'R1', 'R2', 'R3', 'x', 'y', 'z'}))"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", line],
+            env=ENVIRONMENT | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(told) == 1
     assert described(nn.Linear(1, 1)) == "torch.nn.modules.linear:Linear"
     assert function_of("wmgym.settings:described") is described
     for wrong in ("wmgym.settings:nothing", "no_such_module:f", "wmgym.settings:", ":f"):

@@ -74,7 +74,7 @@ def check_weights(model: nn.Module, folder: str | Path) -> None:
     broken = [name for name, t in model.state_dict().items() if not torch.isfinite(t).all()]
     if broken:
         raise FloatingPointError(
-            f"weights with NaN or infinity are not written to {folder}: {broken[:5]}"
+            f"weights with NaN or infinity are not written to {folder}: {_some(broken)}"
         )
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import select
 import shlex
 import sys
 from collections.abc import Callable
@@ -191,7 +192,8 @@ class Score:
     world: str = "libero-small"
     """Name or folder of the world."""
     out: Path | None = None
-    """The report; without, report.json in the world's folder, or here for a shipped world."""
+    """The report; without, report.json in the world's folder, or here for a shipped world, and
+    report-SPLIT.json for another split."""
     windows: int = 200
     """Windows per dataset."""
     horizon: int = 8
@@ -208,7 +210,8 @@ class Score:
         from wmgym.worlds.evaluate import METRICS, evaluate
 
         folder = model_folder("world", self.world)
-        target = self.out or _beside(folder, "report.json")
+        name = "report" if self.split == "held_out" else f"report-{self.split}"
+        target = self.out or _beside(folder, f"{name}.json")
         figures = evaluate(
             load_world(folder),
             self.data,
@@ -217,7 +220,7 @@ class Score:
             seed=self.seed,
             split=self.split,
         )
-        _report(target, figures, self.seed)
+        _report(target, {"split": self.split, **figures}, self.seed)
         for name, scores in {"all": figures, **figures["datasets"]}.items():
             print(name)
             for prefix in ("", "copy_", "tokenizer_"):
@@ -277,8 +280,6 @@ class ImportPolicy:
     def run(self) -> None:
         """Reads every tensor, strictly, and writes the policy."""
         from wmgym_agents.published import load_published
-
-        import wmgym
 
         if self.out.exists():
             raise FileExistsError(f"{self.out} exists: choose another folder, or remove it")
@@ -436,24 +437,19 @@ def _usage() -> str:
 
 def main() -> None:
     """Entry point of the command `wmgym`."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        print(_usage())
-        return
-    if name == "--version":
-        print(f"wmgym {wmgym.__version__}")
-        return
-    if name not in COMMANDS:
-        print(f"{_usage()}\n\nwmgym: no such command: {name!r}", file=sys.stderr)
-        sys.exit(2)
     try:
-        command = COMMANDS[name]
         try:
-            _options(command).run() if isinstance(command, type) else command()
+            _run(sys.argv[1] if len(sys.argv) > 1 else "")
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # another pipe
+            sys.exit(f"wmgym: {error}")
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # `head`, say, has seen enough
         sys.exit(1)
     except FileExistsError as error:
         sys.exit(f"wmgym: {error.filename} is a file" if error.filename else f"wmgym: {error}")
@@ -461,3 +457,17 @@ def main() -> None:
         sys.exit(f"wmgym: {error}")
     except KeyboardInterrupt:
         sys.exit("wmgym: interrupted; long jobs go on from their last checkpoint")
+
+
+def _run(name: str) -> None:
+    """Runs a command by its name."""
+    if name in ("-h", "--help"):
+        print(_usage())
+    elif name == "--version":
+        print(f"wmgym {wmgym.__version__}")
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        _options(command).run() if isinstance(command, type) else command()
+    else:
+        print(f"{_usage()}\n\nwmgym: no such command: {name!r}", file=sys.stderr)
+        sys.exit(2)

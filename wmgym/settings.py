@@ -15,7 +15,7 @@ from typing import Any
 
 
 def check_numbers(config: Any, rule: str, *names: str) -> None:
-    """Checks fields of a configuration.
+    """Checks fields of a configuration; one that may be None is left aside when it is.
 
     Args:
         config: The configuration.
@@ -27,11 +27,13 @@ def check_numbers(config: Any, rule: str, *names: str) -> None:
             one.
     """
     sign, bound = rule.split()
-    whole = {field.name for field in dataclasses.fields(config) if field.type in ("int", int)}
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(config)}
     for name in names:
         value, least = getattr(config, name), float(bound)
-        if name in whole and not isinstance(value, int):
-            raise ValueError(f"{name}={value!r}: must be an integer {rule}")
+        if value is None and kinds.get(name, "").endswith("| None"):
+            continue
+        if kinds.get(name, "").startswith("int") and type(value) is not int:
+            raise ValueError(f"{name}={value!r}: must be a Python int {rule}")
         if not (least < value < math.inf or (sign == ">=" and value == least)):
             raise ValueError(f"{name}={value}: must be {rule} and finite")
 
@@ -46,31 +48,36 @@ def check_choices(config: Any, **allowed: Iterable[Any]) -> None:
     Raises:
         ValueError: A field is, or holds, something else, nothing, or something twice.
     """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(config)}
     for name, choices in allowed.items():
         value, possible = getattr(config, name), list(choices)
-        several = isinstance(value, tuple)
-        given = value if several else (value,)
-        if not given or any(one not in possible for one in given) or len(set(given)) < len(given):
-            kind = "some of, each once," if several else "one of"
-            raise ValueError(f"{name}={value!r}: allowed are {kind} {possible}")
+        if kinds[name].startswith("tuple"):
+            check_distinct(config, name)
+            if any(one not in possible for one in value):
+                raise ValueError(f"{name}={value!r}: allowed are some of {possible}")
+        elif value not in possible:
+            raise ValueError(f"{name}={value!r}: allowed are {possible}")
 
 
 def check_distinct(config: Any, *names: str) -> None:
     """Checks fields that are tuples with something in them, nothing twice; None is left aside.
 
     Raises:
-        ValueError: A field is empty, or holds something twice.
+        ValueError: A field is no tuple, empty, or holds something twice.
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and (not value or len(set(value)) < len(value)):
-            raise ValueError(f"{name}={value!r}: must name at least one, and none twice")
+        if value is None:
+            continue
+        if not isinstance(value, tuple) or not value or len(set(value)) < len(value):
+            raise ValueError(f"{name}={value!r}: must be a tuple of at least one, and none twice")
 
 
 def described(value: Any) -> Any:
     """A value as JSON: functions as `module:function`, other objects by their class.
 
-    Functions that have no name to be found by, such as lambdas, bear a digest of their code.
+    Functions that have no name to be found by, such as lambdas, bear a digest of their code and of
+    the plain values they enclose.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -85,9 +92,17 @@ def described(value: Any) -> Any:
     code = getattr(value, "__code__", None)
     if code is None or "<" not in name:
         return name
-    constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
-    said = repr((code.co_code, constants, code.co_names)).encode()
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    kept = [described(cell) for cell in cells if not callable(cell)]
+    said = repr((_code(code), kept, value.__defaults__)).encode()
     return f"{name}#{hashlib.sha256(said).hexdigest()[:8]}"
+
+
+def _code(value: Any) -> Any:
+    """What a function's code says, the same in every process."""
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_code(constant) for constant in value.co_consts]
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def function_of(name: str) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ same name are never taken for its own.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmgym.checkpoints import CONFIG, WEIGHTS, digest_of, model_folder
-from wmgym.data import StoredDataset
 from wmgym.distributed import resolve_device
-from wmgym.envs.resources import resolve_dataset
 from wmgym.settings import function_of
-from wmgym.worlds.checkpoints import world_files, world_folder
 from wmgym_agents.policy import STATISTICS, FlowVLA, Observation
 
 
@@ -92,24 +88,3 @@ def digest(policy: str) -> str | None:
         return None
     folder = model_folder("policy", policy)
     return digest_of(folder / name for name in (CONFIG, STATISTICS, WEIGHTS))
-
-
-def digests(world: Any, dataset: Any, suite: str) -> dict[str, str]:
-    """Digests of the files that a world and its demonstrations are read from.
-
-    Args:
-        world: As in the environment, like the following; an object has no digest.
-        dataset: The demonstrations.
-        suite: Suite of those that ship.
-
-    Returns:
-        `world_digest` and `data_fingerprint`, as far as there are files.
-    """
-    found = {}
-    if isinstance(world, (str, os.PathLike)):
-        files = world_files(world_folder(os.fspath(world)))
-        found["world_digest"] = digest_of(path for path in files if path.exists())
-    source = resolve_dataset(dataset, suite)
-    if isinstance(source, StoredDataset):
-        found["data_fingerprint"] = source.fingerprint()[:16]
-    return found

@@ -104,7 +104,7 @@ def bench_rft(
                 seed=config.seed,
             )
             job = GRPO(settings, here, world=world)
-            trained = sum(w.numel() for m in job.modules.values() for w in m.parameters())
+            trained = sum(w.numel() for weights in job.trained.values() for w in weights)
             steps = [job.step() for _ in range(config.steps)]
             job.close()
     world_count = sum(w.numel() for m in (tokenizer, dynamics) for w in m.parameters())

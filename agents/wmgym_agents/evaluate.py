@@ -105,9 +105,7 @@ class EvaluationConfig:
         check_distinct(self, "init_states", "tasks")
         check_numbers(self, ">= 1", "copies", "chunk", "workers")
         check_numbers(self, ">= 0", "videos", "temperature", "seed")
-        for name in ("max_steps", "image_size"):
-            if getattr(self, name) is not None:
-                check_numbers(self, ">= 1", name)
+        check_numbers(self, ">= 1", "max_steps", "image_size")
 
     @property
     def header(self) -> dict[str, Any]:

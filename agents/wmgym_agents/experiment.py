@@ -9,6 +9,7 @@ more arms, seeds or settings; what is finished is not repeated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ class ExperimentConfig:
         check_distinct(self, "seeds", "temperatures", "init_states")
         check_numbers(self, ">= 1", "steps", "control_steps", "copies", "workers")
         check_numbers(self, "> 0", "control_learning_rate")
+        seeds = all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        if not seeds or not all(0 <= size < math.inf for size in self.temperatures):
+            raise ValueError(
+                f"seeds={self.seeds}, temperatures={self.temperatures}: allowed are ints >= 0, and "
+                "finite numbers >= 0"
+            )
 
 
 def experiment(
@@ -168,7 +175,7 @@ def _play(
 
 
 def _training_seconds(log: Path) -> float:
-    """Time spent on the steps of a run, over all its sessions."""
+    """Wall-clock of a run, over all its sessions."""
     total = before = 0.0
     for entry in json_lines(log):
         if entry["group"] in ("rft", "train"):

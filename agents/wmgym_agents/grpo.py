@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 import wmgym
 from wmgym.distributed import Processes, processes
+from wmgym.envs.resources import contents_of
 from wmgym.envs.vector import WorldModelVectorEnv
 from wmgym.log import Log
 from wmgym.run import Run, average_gradients, check_finite, settings_of
@@ -56,7 +57,7 @@ from wmgym.settings import described, function_of
 from wmgym.spaces import ACTION_DIM
 from wmgym.timing import Timer
 from wmgym.training import seed_of
-from wmgym_agents.acting import digest, digests
+from wmgym_agents.acting import digest
 from wmgym_agents.chain import Chain
 from wmgym_agents.grpo_config import PRESETS, GRPOConfig, Preset
 from wmgym_agents.objective import group_advantages, kl_gate, policy_loss, rewards_to_go
@@ -112,13 +113,11 @@ class GRPO:
         chain = dataclasses.replace(policy.config.chain, noise=config.noise, modes=config.modes)
         policy.config = dataclasses.replace(policy.config, chain=chain)
         self.policy = policy
-        self.modules = dict(policy.head.named_children())
-        for name in {"sigma_net", "noise_head"} - {config.noise}:
-            del self.modules[name]
         # Tables of positions, and attention in blocks that never look, are not among them.
         self.trained = {
             name: [weight for weight in module.parameters() if weight.requires_grad]
-            for name, module in self.modules.items()
+            for name, module in policy.head.named_children()
+            if name not in {"sigma_net", "noise_head"} - {config.noise}
         }
         policy.requires_grad_(False)
         for weight in itertools.chain.from_iterable(self.trained.values()):
@@ -150,7 +149,7 @@ class GRPO:
         }
         settings = settings_of(config) | {"env_kwargs": described(env_kwargs) or None}
         settings["weights"] = digest(config.policy)  # of the encoder, which checkpoints leave out
-        settings |= digests(**{k: self.env_kwargs[k] for k in ("world", "dataset", "suite")})
+        settings |= contents_of(**{k: self.env_kwargs[k] for k in ("world", "dataset", "suite")})
         if not config.decay:
             del settings["steps"]  # nothing depends on it: a finished run may be lengthened
         self.run = Run(policy.head, None, optimizer, settings)
@@ -241,7 +240,7 @@ class GRPO:
         rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         head, sigma = config.learning_rate * rise * decay, config.sigma_learning_rate * decay
         random = ("sigma_net", "noise_head")
-        return {name: sigma if name in random else head for name in self.modules}
+        return {name: sigma if name in random else head for name in self.trained}
 
     def update(
         self, decisions: list[Decision], advantages: Tensor, rates: dict[str, float]
@@ -370,7 +369,8 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         config: How to train.
         progress: Show a progress bar on stderr.
         **env_kwargs: Further arguments of the environment, instead of those in `config`. They are
-            part of the settings that a run goes on with; objects count by their class.
+            part of the settings that a run goes on with; what is read from files counts by its
+            contents, other objects by their class.
 
     Returns:
         Folder of the finished policy, `config.out / "policy"`.
@@ -393,7 +393,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
             opened.callback(watch.close)
         run = job.run
         run.resume(config.out / "checkpoint.pt")
-        began = time.perf_counter()
+        began = time.monotonic()
         log = Log(config.out, run.step, config.steps, here, progress=progress)
         opened.enter_context(log)
         if watch is not None and run.step == 0:
@@ -403,7 +403,7 @@ def grpo(config: GRPOConfig, *, progress: bool = True, **env_kwargs: Any) -> Pat
         while run.step < config.steps:
             figures = job.step()
             log.advance(reward=figures["reward"])
-            log.write(run.step, "rft", figures | {"seconds": time.perf_counter() - began})
+            log.write(run.step, "rft", figures | {"seconds": time.monotonic() - began})
             last = run.step == config.steps
             save = run.step % config.save_every == 0 or last
             film = config.film_every and (run.step % config.film_every == 0 or last)

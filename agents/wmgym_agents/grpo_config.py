@@ -41,7 +41,7 @@ class GRPOConfig:
         noise: Where the policy is random: "sigma_net", "noise_head" or "flow_sde".
         modes: Temporal modes of a chunk that are disturbed; None means white noise.
         shared_start: Members of a group denoise from the same first noise; otherwise most of what
-            their rewards differ by comes from it, and is nothing that a density tells of.
+            their rewards differ by comes from it, and is nothing that log-densities tell of.
         advantage: How a member compares with its group.
         clip: Bounds of the policy loss.
         epochs: Optimizer steps on every batch; with one, `clip` has nothing to bound.
@@ -107,8 +107,7 @@ class GRPOConfig:
         check_choices(self, noise=NOISES, advantage=get_args(Advantage), dtype=DTYPES)
         check_choices(self, reference_actions=("recorded", "intended"))
         check_distinct(self, "tasks")
-        if self.modes is not None:
-            check_numbers(self, ">= 1", "modes")
+        check_numbers(self, ">= 1", "modes")
         named = isinstance(self.reward, str) and ":" in self.reward
         if not (named or callable(self.reward) or self.reward in ("R1", "R2", "R3")):
             raise ValueError(

@@ -94,9 +94,10 @@ class Watch:
         """
         kwargs = self._env_kwargs | {"reward": "R3", "reward_every": 1, "cache_mb": 0}
         with contextlib.closing(WorldModelVectorEnv(_FILMED, **kwargs)) as envs:
+            chosen = self._filmed
             options = {
-                "episode_id": [start.info.episode_id for start in self._filmed],
-                "frame_index": [start.frame_index for start in self._filmed],
+                "episode_id": [start.info.episode_id for start in chosen],
+                "frame_index": [start.frame_index for start in chosen],
             }
             _, rewards, steps = self._play(policy, envs, options)
             tapes = [_pictures(envs.starts[row], row, steps, rewards) for row in range(_FILMED)]

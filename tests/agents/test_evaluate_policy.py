@@ -331,9 +331,11 @@ def test_pictures_have_the_size_that_the_policy_says(toy, tmp_path):
     ("changes", "reason"),
     [
         ({"tasks": (99,)}, r"libero_object has tasks 0\.\.\.9"),
-        ({"tasks": ()}, "name at least one"),
+        ({"tasks": ()}, "at least one"),
         ({"init_states": (40, 40)}, "none twice"),
-        ({"settings": ("standard", "standard")}, "each once"),
+        ({"settings": ("standard", "standard")}, "none twice"),
+        ({"settings": "standard"}, "settings='standard': must be a tuple"),
+        ({"max_steps": 2.5}, "max_steps=2.5: must be a Python int"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"image_size": 0}, "image_size=0"),
         ({"seed": -1}, "seed=-1"),

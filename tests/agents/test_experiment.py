@@ -164,11 +164,14 @@ def test_every_outcome_is_in_the_report(trained, tmp_path, monkeypatch):
 def test_unknown_arms_are_refused(tmp_path):
     for changes, said in (
         ({"arms": ("R4",)}, r"arms=\('R4',\): allowed are some of"),
-        ({"arms": ("R3", "R3")}, "arms=.*each once"),
+        ({"arms": ("R3", "R3")}, "arms=.*none twice"),
         ({"settings": ("windy",)}, "settings="),
         ({"seeds": ()}, "seeds="),
         ({"temperatures": (1.0, 1.0)}, "temperatures="),
         ({"steps": 0}, "steps=0"),
+        ({"arms": "R3"}, "arms='R3': must be a tuple"),
+        ({"seeds": (-3,)}, r"seeds=\(-3,\)"),
+        ({"temperatures": (1.0, -1.0)}, "temperatures="),
         ({"workers": 0}, "workers=0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from toy import ToyDataset
 
 from wmgym import checkpoints
 from wmgym.checkpoints import (
@@ -20,6 +21,7 @@ from wmgym.checkpoints import (
     read_config,
     shipped,
 )
+from wmgym.envs.resources import contents_of
 from wmgym.worlds.checkpoints import FAMILY, load_model, load_world, save_world
 from wmgym.worlds.world import World
 
@@ -98,6 +100,18 @@ def test_a_loaded_world_imagines_what_was_saved(tiny_world):
     frames, proprio, actions = tiny.rows(2, 3)
     results = [w.step(w.start(frames, proprio), actions)[1] for w in (world, tiny.world())]
     assert torch.equal(results[0].frames, results[1].frames)
+
+
+def test_contents_decide_the_digest(tiny_world, tiny_dataset, tmp_path):
+    world = shutil.copytree(tiny_world, tmp_path / "world")
+    before = contents_of(world, tiny_dataset, "libero_object")
+    assert before == contents_of(str(tiny_world), tiny_dataset, "libero_object")
+    weights = load_file(world / WEIGHTS)
+    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, world / WEIGHTS)
+    now = contents_of(world, None, "libero_object")
+    assert now.keys() == before.keys() == {"world_digest", "data_fingerprint"}
+    assert all(now[name] != before[name] for name in now)
+    assert contents_of(load_world(world), ToyDataset(), "libero_object") == {}
 
 
 def test_unknown_names_list_what_ships(tmp_path):

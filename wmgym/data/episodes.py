@@ -127,7 +127,6 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
-@runtime_checkable
 class StoredDataset(Dataset, Protocol):
     """A dataset in a folder.
 

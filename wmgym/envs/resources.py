@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from wmgym.assets import asset_path
-from wmgym.data.episodes import Dataset
+from wmgym.checkpoints import shipped
+from wmgym.data.episodes import Dataset, StoredDataset
 from wmgym.data.opening import index_file, open_dataset
 from wmgym.distributed import resolve_device
 from wmgym.worlds.world import DTYPES, World
@@ -40,10 +41,11 @@ def resolve_world(
     if isinstance(world, (str, os.PathLike)):
         from wmgym.worlds.checkpoints import world_files, world_folder
 
-        folder = world_folder(os.fspath(world)).resolve()
-        named = folder if Path(world).is_dir() else os.fspath(world)
-        written = tuple((path, _written(path)) for path in world_files(folder))
-        return _load_world(named, written, resolve_device(device), dtype)
+        name = os.fspath(world)
+        written = tuple((path, _written(path)) for path in world_files(world_folder(name)))
+        if Path(name).is_dir() and name not in shipped("world"):
+            name = str(Path(name).resolve())
+        return _load_world(name, written, resolve_device(device), dtype)
     needed = (*World.__annotations__, "start", "step", "select")
     missing = [name for name in needed if not hasattr(world, name)]
     if missing:
@@ -78,6 +80,27 @@ def resolve_dataset(dataset: str | os.PathLike[str] | Dataset | None, suite: str
         f"dataset={dataset!r}: give a folder of a LeRobot v3 or RLDS dataset, or an object with "
         "the attributes and methods of wmgym.data.episodes.Dataset"
     )
+
+
+def contents_of(
+    world: str | os.PathLike[str] | World,
+    dataset: str | os.PathLike[str] | Dataset | None,
+    suite: str,
+) -> dict[str, str]:
+    """What changes when the files of a world or of demonstrations do; arguments as above.
+
+    Returns:
+        `world_digest` and `data_fingerprint`; of objects that are not read from files, neither.
+    """
+    found = {}
+    if isinstance(world, (str, os.PathLike)):
+        from wmgym.worlds.checkpoints import world_digest
+
+        found["world_digest"] = world_digest(os.fspath(world))
+    demonstrations = resolve_dataset(dataset, suite)
+    if isinstance(demonstrations, StoredDataset):
+        found["data_fingerprint"] = demonstrations.fingerprint()[:16]
+    return found
 
 
 def _written(path: Path) -> int:

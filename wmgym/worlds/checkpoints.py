@@ -15,6 +15,7 @@ from wmgym.checkpoints import (
     CONFIG,
     WEIGHTS,
     CheckpointError,
+    digest_of,
     load_weights,
     model_folder,
     read_config,
@@ -28,6 +29,7 @@ from wmgym.worlds.tokens.load import (
     dynamics_in,
     fetch,
     files_beside,
+    files_of,
     is_published,
     load_token_world,
 )
@@ -104,6 +106,18 @@ def world_folder(world: str | Path) -> Path:
 def world_files(folder: Path) -> list[Path]:
     """The files that the world in a folder may be made of, there or not."""
     return [folder / CONFIG, folder / WEIGHTS, *files_beside(folder)]
+
+
+def world_digest(world: str | Path) -> str:
+    """What changes when the contents of a world's files do; the world as in `load_world`.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    folder = world_folder(world)
+    if is_published(folder):
+        return digest_of(files_of(folder if Path(world).is_dir() else world))
+    return digest_of([folder / CONFIG, folder / WEIGHTS])
 
 
 def load_world(

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, save, tokenizer
+from published_tiny import DYNAMICS, TOKENIZER, clips, dynamics, filled, save, tokenizer
 from safetensors.torch import load_file, save_file
 
 from wmgym.checkpoints import CheckpointError
 from wmgym.envs.resources import resolve_world
 from wmgym.extras import MissingExtraError
 from wmgym.worlds import CompressiveTokenizer, TokenDynamics, load_token_world, load_world
+from wmgym.worlds.checkpoints import world_digest
 from wmgym.worlds.evaluate import evaluate
 from wmgym.worlds.tokens import folders
 from wmgym.worlds.tokens.action_tokens import PUBLISHED_RANGES, ActionTokens
@@ -258,9 +259,20 @@ def test_a_folder_stands_for_the_only_dynamics_in_it(tmp_path):
         resolve_world(tmp_path, "cpu", "float32"),
     ):
         assert world.actions.bins == 7
+        assert world.name == tmp_path.name
     dynamics().save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="is no world"):
         load_world(tmp_path)
+
+
+def test_the_digest_is_of_what_is_read(tmp_path):
+    folder = save(tmp_path / "libero_object")
+    before = world_digest(folder)
+    tokenizer().save_pretrained(tmp_path / "Tokenizer")  # the one inside goes before
+    ActionTokens(bins=7).save(tmp_path)
+    assert world_digest(folder) == before
+    ActionTokens(bins=7).save(folder)
+    assert world_digest(folder) != before
 
 
 def test_dynamics_are_known_without_a_name_of_their_kind(tmp_path):
@@ -288,7 +300,7 @@ def test_the_innermost_part_of_a_drawing_always_looks_at_the_context():
     assert model.decode(context, later).shape == (1, 2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.uint32])
 def test_tokens_are_integers_of_any_size(kind):
     context, later = tokenizer().encode(clips(1)[0].expand(1, 2, 3, 32, 32))
     drawn = tokenizer().decode(context.to(kind), later.to(kind))
@@ -363,6 +375,13 @@ def test_worlds_on_the_hub_bring_their_tokenizer(hub):
     assert all("*" not in pattern for _, patterns in hub for pattern in patterns)
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         load_world("owner/Nothing")
+
+
+def test_the_digest_of_a_world_on_the_hub_knows_its_tokenizer(hub, tmp_path):
+    name = "owner/WorldModel-Libero-Object"
+    before = world_digest(name)
+    filled(CompressiveTokenizer(TOKENIZER), "other").save_pretrained(tmp_path / "b")
+    assert world_digest(name) != before
 
 
 def test_environments_are_made_of_worlds_on_the_hub(hub):

@@ -124,13 +124,34 @@ def load_parts(
     Raises:
         CheckpointError: Something is missing, damaged, or does not fit.
     """
-    here = Path(world).is_dir()
-    folder = dynamics_in(Path(world)) if here else fetch(os.fspath(world))
+    folder = _dynamics(world)
     return (
         CompressiveTokenizer.from_pretrained(tokenizer or _tokenizer(folder, world)),
         TokenDynamics.from_pretrained(folder),
         actions or _actions(folder),
     )
+
+
+def files_of(world: str | os.PathLike[str]) -> list[Path]:
+    """The files that a world in the published layout is read from; as `load_parts`."""
+    folder = _dynamics(world)
+    tokenizer = resolve_folder(_tokenizer(folder, world), (CONFIG, compressive.WEIGHTS))
+    actions = _action_files(folder) or _action_files(folder.parent)
+    return [
+        *(folder / name for name in (CONFIG, transformer.WEIGHTS)),
+        *(tokenizer / name for name in (CONFIG, compressive.WEIGHTS)),
+        *actions[:1],
+    ]
+
+
+def _dynamics(world: str | os.PathLike[str]) -> Path:
+    """Folder of the dynamics."""
+    return dynamics_in(Path(world)) if Path(world).is_dir() else fetch(os.fspath(world))
+
+
+def _action_files(place: Path) -> list[Path]:
+    """What says in a folder how actions become tokens, what counts first."""
+    return [place / name for name in _ACTIONS if (place / name).exists()]
 
 
 def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:
@@ -148,7 +169,7 @@ def _tokenizer(folder: Path, world: str | os.PathLike[str]) -> Path | str:
 
 def _actions(folder: Path) -> ActionTokens:
     for place in (folder, folder.parent):
-        if any((place / name).exists() for name in _ACTIONS):
+        if _action_files(place):
             return ActionTokens.load(place)
     _log.warning(
         "%s does not say how actions become tokens: taking the released ranges and raw actions. "

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from wmgym.spaces import ACTION_DIM
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -92,8 +90,9 @@ def as_integers(name: str, tokens: Tensor) -> Tensor:
     Raises:
         TypeError: They are no tensor of integers.
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS:
-        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    kind = tokens.dtype if isinstance(tokens, Tensor) else None
+    if kind is None or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        given = type(tokens).__name__ if kind is None else kind
         raise TypeError(
             f"{name} are {given}, expected a tensor of integers: torch.as_tensor(...).long()"
         )
