@@ -385,7 +385,7 @@ class FlowVLA(nn.Module):
         except CheckpointError:
             raise
         except OSError as error:
-            raise CheckpointError(f"{folder} is no whole policy: {error}") from None
+            raise CheckpointError(f"{folder} does not describe a policy: {error}") from None
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder} does not describe a policy: {error!r}") from None
         if isinstance(model.encoder, VLAAdapterEncoder):
