@@ -42,7 +42,9 @@ def resolve_world(
         from wmgym.worlds.checkpoints import world_files, world_folder
 
         name = os.fspath(world)
-        written = tuple((path, _written(path)) for path in world_files(world_folder(name).resolve()))
+        written = tuple(
+            (path, _written(path)) for path in world_files(world_folder(name).resolve())
+        )
         if Path(name).is_dir() and name not in shipped("world"):
             name = str(Path(name).resolve())
         return _load_world(name, written, resolve_device(device), dtype)

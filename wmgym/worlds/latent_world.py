@@ -4,10 +4,8 @@
 
 Exactness. A pass always covers the whole horizon with the actions so far, attention is causal, and
 frames are drawn one by one from the context, so that a chunk asked for at once and step by step is
-the same up to the rounding of the matrix products. Rows never mix. They are filled up to a multiple
-of four: float32 matrix products of the library on a CPU sum in the same order for any such number
-of rows, with one thread or with many, and in another for a few rows that are not. Libraries of
-other devices choose how to sum by the shape, so there all passes have equally many rows.
+the same up to the rounding of the matrix products. Rows never mix, and all passes have equally
+many: libraries choose by the shape in which order they sum.
 """
 
 from __future__ import annotations
@@ -25,9 +23,8 @@ from wmgym.worlds.horizon_world import HorizonState, HorizonWorld
 from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
 from wmgym.worlds.world import DTYPES, Prediction, select_rows
 
-_ROWS_PER_PASS = 16
-_ROWS_FILLED_TO = {"cpu": 4}
-"""Rows of a pass are filled up to a multiple of these; elsewhere to `_ROWS_PER_PASS`."""
+_ROWS_PER_PASS = {"cpu": 4}
+_ROWS_ELSEWHERE = 16
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class LatentWorld(HorizonWorld[LatentState]):
             raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}")
         size = model.config.tokenizer.image_size
         super().__init__(name, device, (size, size), model.config.dynamics.horizon)
-        self._rows_filled_to = _ROWS_FILLED_TO.get(self.device.type, _ROWS_PER_PASS)
+        self._rows_per_pass = _ROWS_PER_PASS.get(self.device.type, _ROWS_ELSEWHERE)
         self._autocast = dtype == "bfloat16"
         if self._autocast:
             model = _half_products(copy.deepcopy(model))
@@ -191,7 +188,7 @@ class LatentWorld(HorizonWorld[LatentState]):
         sofar = state.actions.clone()
         sofar[:, taken:until] = actions
         state = dataclasses.replace(state, actions=sofar)
-        rows = torch.arange(len(state), device=self.device).split(_ROWS_PER_PASS)
+        rows = torch.arange(len(state), device=self.device).split(self._rows_per_pass)
         parts = [self._predict(select_rows(state, some), taken, until, every) for some in rows]
         frames = torch.cat([p.frames for p in parts])
         proprio = torch.cat([p.proprio for p in parts])
@@ -206,7 +203,7 @@ class LatentWorld(HorizonWorld[LatentState]):
     def _predict(self, state: LatentState, taken: int, until: int, every: int) -> Prediction:
         """Proprioception of the steps `taken ... until`, frames after some of them."""
         batch = len(state)
-        if batch % self._rows_filled_to:
+        if batch < self._rows_per_pass:
             filled = self._predict(select_rows(state, self._filled(batch)), taken, until, every)
             return Prediction(filled.frames[:batch], filled.proprio[:batch])
         drawn = torch.arange(taken + every - 1, until, every, device=self.device)
@@ -232,16 +229,16 @@ class LatentWorld(HorizonWorld[LatentState]):
 
     def _filled(self, batch: int) -> Tensor:
         """Row numbers `0 ... batch - 1`, the last repeated until there are as many as needed."""
-        full = -(-batch // self._rows_filled_to) * self._rows_filled_to
+        full = -(-batch // self._rows_per_pass) * self._rows_per_pass
         return torch.arange(full, device=self.device).clamp(max=batch - 1)
 
     def _look(self, frames: Tensor) -> Features:
         batch = len(frames)
-        if batch % self._rows_filled_to:
+        if batch % self._rows_per_pass:
             filled = self._look(frames[self._filled(batch)])
             return Features(filled.fine[:batch], filled.coarse[:batch])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            parts = [self.model.tokenizer.look(part) for part in frames.split(_ROWS_PER_PASS)]
+            parts = [self.model.tokenizer.look(part) for part in frames.split(self._rows_per_pass)]
         return Features(
             torch.cat([p.fine for p in parts]).float(), torch.cat([p.coarse for p in parts]).float()
         )
