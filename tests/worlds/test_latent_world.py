@@ -121,7 +121,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(world, count):
 def test_passes_have_equally_many_rows_where_sums_depend_on_it(exact):
     """As on CUDA."""
     filled, counted = tiny.world(), []
-    filled._rows_filled_to = 16
+    filled._rows_per_pass = 16
     filled.model.dynamics.register_forward_pre_hook(lambda _, given: counted.append(len(given[0])))
     for count in (1, 5, 17):
         inputs = tiny.rows(count, 6)
