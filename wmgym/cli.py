@@ -210,8 +210,8 @@ class Score:
         from wmgym.worlds.evaluate import METRICS, evaluate
 
         folder = model_folder("world", self.world)
-        name = "report" if self.split == "held_out" else f"report-{self.split}"
-        target = self.out or _beside(folder, f"{name}.json")
+        report = "report.json" if self.split == "held_out" else f"report-{self.split}.json"
+        target = self.out or _beside(folder, report)
         figures = evaluate(
             load_world(folder),
             self.data,
@@ -447,9 +447,8 @@ def main() -> None:
         output.register(sys.stdout.fileno(), 0)
         if not output.poll(0):  # another pipe
             sys.exit(f"wmgym: {error}")
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # `head`, say, has seen enough
+        # Whoever reads the output, `head` say, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FileExistsError as error:
         sys.exit(f"wmgym: {error.filename} is a file" if error.filename else f"wmgym: {error}")

@@ -137,13 +137,15 @@ def _rows(
 
 def cells(figures: dict[str, Any]) -> list[list[str]]:
     """The rows of a comparison or an experiment as a table, its head first."""
-    lines = [["suite", "setting", "arm", "episodes", "success", "95 %", *_gains_head(figures)]]
+    controlled = _controlled(figures)
+    head = ["suite", "setting", "arm", "episodes", "success", "95 %", *_gains_head(controlled)]
+    lines = [head]
     for suite, settings in figures["suites"].items():
         for setting, arms in settings.items():
             for arm, row in arms.items():
                 low, high = (100 * bound for bound in row["interval"])
                 line = [suite, setting, arm, f"{row['episodes']}", _share(row)]
-                lines.append([*line, f"{low:.1f} ... {high:.1f}", *_gains(figures, row)])
+                lines.append([*line, f"{low:.1f} ... {high:.1f}", *_gains(row, controlled)])
     return lines
 
 
@@ -161,13 +163,12 @@ def _controlled(figures: dict[str, Any]) -> bool:
     )
 
 
-def _gains_head(figures: dict[str, Any]) -> list[str]:
-    return ["gain", "95 %", "p"] + ["over the control", "95 %", "p"] * _controlled(figures)
+def _gains_head(controlled: bool) -> list[str]:
+    return ["gain", "95 %", "p"] + ["over the control", "95 %", "p"] * controlled
 
 
-def _gains(figures: dict[str, Any], row: Mapping[str, Any]) -> list[str]:
-    control = _gain(row.get("gain_over_control", {}))
-    return _gain(row) + control * _controlled(figures)
+def _gains(row: Mapping[str, Any], controlled: bool) -> list[str]:
+    return _gain(row) + _gain(row.get("gain_over_control", {})) * controlled
 
 
 def _gain(row: Mapping[str, Any]) -> list[str]:
@@ -188,12 +189,13 @@ def overview(figures: dict[str, Any]) -> str:
     The gain in a setting stands in parentheses, in bold where its interval of 95 % excludes 0.
     """
     *parts, whole = next(iter(figures["suites"].values()))
-    lines = [["suite", "arm", *parts, whole, "episodes", *_gains_head(figures)]]
+    controlled = _controlled(figures)
+    lines = [["suite", "arm", *parts, whole, "episodes", *_gains_head(controlled)]]
     for suite, settings in figures["suites"].items():
         for arm, row in settings[whole].items():
             shares = [_share(settings[name][arm]) + _told(settings[name][arm]) for name in parts]
             total = [_share(row), f"{row['episodes']}"]
-            lines.append([suite, arm, *shares, *total, *_gains(figures, row)])
+            lines.append([suite, arm, *shares, *total, *_gains(row, controlled)])
     return _markdown(lines)
 
 

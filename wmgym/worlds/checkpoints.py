@@ -116,8 +116,13 @@ def world_digest(world: str | Path) -> str:
     """
     folder = world_folder(world)
     if is_published(folder):
-        return digest_of(files_of(folder if Path(world).is_dir() else world))
+        return digest_of(files_of(_named(world, folder)))
     return digest_of([folder / CONFIG, folder / WEIGHTS])
+
+
+def _named(world: str | Path, folder: Path) -> str | Path:
+    """What the published layout knows a world by: the folder of one that ships, else as given."""
+    return folder if str(world) in shipped("world") else world
 
 
 def load_world(
@@ -135,6 +140,5 @@ def load_world(
     """
     folder = world_folder(world)
     if is_published(folder):
-        known = str(world) in shipped("world")
-        return load_token_world(folder if known else world, device=device, dtype=dtype)
+        return load_token_world(_named(world, folder), device=device, dtype=dtype)
     return LatentWorld(load_model(folder), name=folder.name, device=device, dtype=dtype)

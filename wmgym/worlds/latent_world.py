@@ -23,8 +23,8 @@ from wmgym.worlds.horizon_world import HorizonState, HorizonWorld
 from wmgym.worlds.tokenizer import ContextTokenizer, Features, TokenizerConfig
 from wmgym.worlds.world import DTYPES, Prediction, select_rows
 
-_ROWS_PER_PASS = {"cpu": 4}
-_ROWS_ELSEWHERE = 16
+_ROWS_ON_CPU, _ROWS_ELSEWHERE = 4, 16
+"""Rows of a pass."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LatentWorld(HorizonWorld[LatentState]):
             raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}")
         size = model.config.tokenizer.image_size
         super().__init__(name, device, (size, size), model.config.dynamics.horizon)
-        self._rows_per_pass = _ROWS_PER_PASS.get(self.device.type, _ROWS_ELSEWHERE)
+        self._rows_per_pass = _ROWS_ON_CPU if self.device.type == "cpu" else _ROWS_ELSEWHERE
         self._autocast = dtype == "bfloat16"
         if self._autocast:
             model = _half_products(copy.deepcopy(model))
